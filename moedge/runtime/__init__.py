@@ -1,0 +1,1 @@
+"""Run an MoE within a memory limit: budget, expert store and cache, experts forward, generation."""
