@@ -1,4 +1,4 @@
-"""Every error a user can meet. A message names the thing, its value and the remedy; the command line prints it without a traceback."""
+"""Every error a user can meet: a message names the thing, its value and the remedy; no traceback is shown for them."""
 
 
 class MoedgeError(Exception):

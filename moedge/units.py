@@ -12,7 +12,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 def parse_size(size: str | int) -> int:
-    """Bytes of `"600MiB"`, `"1.5 GB"`, `"2G"` (= GiB) or a plain number of bytes. Raises ValueError on anything else."""
+    """Bytes of `"600MiB"`, `"1.5 GB"`, `"2G"` (= GiB) or plain bytes. Raises ValueError on anything else."""
     if isinstance(size, int):
         return size
     match = _SIZE.fullmatch(size)
