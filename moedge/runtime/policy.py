@@ -42,8 +42,8 @@ class LayerCache:
     """
 
     def __init__(self, num_experts: int, capacity: int, policy: Policy) -> None:
-        if not 0 < capacity <= num_experts:
-            raise ValueError(f"capacity {capacity} is not between 1 and the layer's {num_experts} experts")
+        if not 0 <= capacity <= num_experts:
+            raise ValueError(f"capacity {capacity} is not between 0 and the layer's {num_experts} experts")
         self.num_experts = num_experts
         self.capacity = capacity
         self.policy = policy
@@ -64,6 +64,10 @@ class LayerCache:
         evicted = self.policy.evict(resident, surplus)
         resident.difference_update(evicted)
         return Access(tuple(hits), tuple(misses), tuple(evicted))
+
+    def forget(self, expert: int) -> None:
+        """The expert could not be read after all, or its slot was taken away: it is no longer resident."""
+        self.resident.discard(expert)
 
 
 class Lru:
