@@ -1,0 +1,198 @@
+"""The experts implementation that plugs into transformers: same maths as its eager one, weights from an expert store.
+
+Results are bit-equal to eager at equal input shapes: each expert sees its tokens in eager's order, and outputs are added
+in expert-index order whatever the order in which the experts arrived. Knows hidden states and experts, no disk.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moedge.errors import ModelError
+from moedge.models.anatomy import Anatomy
+from moedge.runtime.store import ExpertStore, Parameters
+
+IMPLEMENTATION = "moedge"  # the name in transformers' registry of experts implementations
+
+
+def experts_forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """What transformers calls in place of the module's eager forward: [T, H], [T, k], [T, k] -> [T, H]."""
+    source: ExpertSource = module._moedge_source
+    if torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad):
+        return _Reread.apply(module, source, hidden, index, weights)  # type: ignore[no-any-return, no-untyped-call]
+    return _mix(module, source, hidden, index, weights)
+
+
+class ExpertSource:
+    """One layer's view of the store. `closed` after LM.close: using the model then is an error, not a crash."""
+
+    def __init__(self, store: ExpertStore, layer: int, num_experts: int) -> None:
+        self.store: ExpertStore | None = store
+        self._layer, self._num_experts = layer, num_experts
+
+    def fetch(self, index: Tensor, weights: Tensor | None) -> Iterator[tuple[int, Parameters]]:
+        """The experts that `index` ([T, k]) names, each once; ids beyond the layer's experts mean "none"."""
+        if self.store is None:
+            raise ModelError("this model was closed: load it again with moedge.load")
+        experts, probabilities = _distinct(index, weights, self._num_experts)
+        return self.store.fetch(self._layer, experts, probabilities)
+
+
+def _distinct(index: Tensor, weights: Tensor | None, num_experts: int) -> tuple[list[int], list[float] | None]:
+    """The distinct experts of `index` in ascending order and the router weight that each carries over all tokens."""
+    if weights is None:
+        return [e for e in torch.unique(index).tolist() if e < num_experts], None
+    if len(index) == 1:  # decode: a token's experts are distinct already
+        pairs = sorted(zip(index[0].tolist(), weights[0].tolist(), strict=True))
+        kept = [(expert, weight) for expert, weight in pairs if expert < num_experts]
+        return [expert for expert, _ in kept], [weight for _, weight in kept]
+    mass = torch.zeros(int(index.max()) + 1, dtype=torch.float32)
+    mass.index_add_(0, index.reshape(-1).long(), weights.reshape(-1).float())
+    experts = [e for e in torch.unique(index).tolist() if e < num_experts]
+    return experts, mass[experts].tolist()
+
+
+def _rows(index: Tensor, expert: int) -> tuple[Tensor, Tensor]:
+    """(position in the top-k, token) of the rows routed to `expert`, in eager's order."""
+    position, token = torch.where((index == expert).T)
+    return position, token
+
+
+def _mix(module: Any, source: ExpertSource, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    # [T, H], [T, k], [T, k] -> [T, H]
+    done: dict[int, tuple[Tensor, Tensor]] = {}  # expert -> tokens [N], weighted outputs [N, H]
+    for expert, parameters in source.fetch(index, weights):
+        position, token = _rows(index, expert)
+        done[expert] = token, _weighted(module, parameters, hidden[token], weights[token, position, None])
+    out = torch.zeros_like(hidden)
+    for expert in sorted(done):
+        token, value = done[expert]
+        out.index_add_(0, token, value.to(out.dtype))
+    return out
+
+
+def _weighted(module: Any, parameters: Parameters, x: Tensor, weight: Tensor) -> Tensor:
+    return feed_forward(module, parameters, x) * weight  # [N, H] * [N, 1]
+
+
+def feed_forward(module: Any, parameters: Parameters, x: Tensor) -> Tensor:
+    """One expert on its rows, [N, H] -> [N, H], as the flags of transformers' decorator on `module` say."""
+    project: Callable[[Tensor, Tensor], Tensor] = torch.matmul if module.is_transposed else linear
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    x = project(x, parameters[up])
+    if module.has_bias:
+        x = x + parameters[f"{up}_bias"]
+    x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
+    x = project(x, parameters["down_proj"])
+    if module.has_bias:
+        x = x + parameters["down_proj_bias"]
+    return module.post_expert_norm(x) if module.has_post_expert_norm else x  # type: ignore[no-any-return]
+
+
+class _Reread(torch.autograd.Function):
+    """Keeps no expert for backward: slots are reused, so backward fetches the experts again. Experts get no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, module: Any, source: ExpertSource, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        ctx.module, ctx.source = module, source
+        ctx.save_for_backward(hidden, index, weights)
+        return _mix(module, source, hidden, index, weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_out,) = grads
+        hidden, index, weights = ctx.saved_tensors
+        done: dict[int, tuple[Tensor, Tensor]] = {}
+        grad_weights = torch.zeros_like(weights)
+        for expert, parameters in ctx.source.fetch(index, None):
+            position, token = _rows(index, expert)
+            with torch.enable_grad():
+                x = hidden[token].detach().requires_grad_()
+                w = weights[token, position, None].detach().requires_grad_()
+                y = _weighted(ctx.module, parameters, x, w)
+                grad_x, grad_w = torch.autograd.grad(y, (x, w), grad_out[token].to(y.dtype))
+            grad_weights[token, position] = grad_w[:, 0]
+            done[expert] = token, grad_x
+        grad_hidden = torch.zeros_like(hidden)
+        for expert in sorted(done):
+            grad_hidden.index_add_(0, *done[expert])
+        return None, None, grad_hidden, None, grad_weights
+
+
+class LazyExpert(nn.Module):
+    """Stands for one expert of a family that holds a module per expert (Switch Transformers, NLLB-MoE).
+
+    `skeleton` is the expert's module on the meta device; each call is an event of one expert.
+    """
+
+    def __init__(self, skeleton: nn.Module, source: ExpertSource, expert: int) -> None:
+        super().__init__()
+        object.__setattr__(self, "_skeleton", skeleton.eval())  # not a submodule: its parameters are not the model's
+        self._source, self._expert = source, torch.tensor([[expert]])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _RereadModule.apply(self, x)  # type: ignore[no-any-return, no-untyped-call]
+        return self.run(x)
+
+    def run(self, x: Tensor) -> Tensor:
+        for _, parameters in self._source.fetch(self._expert, None):
+            result: Tensor = torch.func.functional_call(self._skeleton, parameters, (x,))  # type: ignore[arg-type]
+        return result
+
+
+class _RereadModule(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, expert: LazyExpert, x: Tensor) -> Tensor:
+        ctx.expert = expert
+        ctx.save_for_backward(x)
+        return expert.run(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        (x,) = ctx.saved_tensors
+        for _, parameters in ctx.expert._source.fetch(ctx.expert._expert, None):
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                y = torch.func.functional_call(ctx.expert._skeleton, parameters, (x,))
+                (grad_x,) = torch.autograd.grad(y, (x,), grads)
+        return None, grad_x
+
+
+def take_out_experts(model: nn.Module, anatomy: Anatomy) -> list[ExpertSource]:
+    """Remove the expert parameters of a meta model and put sources in their place, to be filled by `connect`."""
+    sources = []
+    for layer in anatomy.layers:
+        module: Any = model.get_submodule(layer.experts)
+        source = ExpertSource(None, layer.index, layer.num_experts)  # type: ignore[arg-type]
+        sources.append(source)
+        if layer.kind.modular:
+            for expert, (name, skeleton) in enumerate(list(module.named_children())):
+                module[name] = LazyExpert(skeleton, source, expert)
+            _mark_initialised(model.get_submodule(layer.block))
+        else:
+            for name in layer.parameters:
+                delattr(module, name)
+            module._moedge_source = source
+        _mark_initialised(module)
+    return sources
+
+
+def _mark_initialised(module: nn.Module) -> None:
+    """Keep transformers from initialising the weights that are not there."""
+    module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def connect(sources: Sequence[ExpertSource], store: ExpertStore | None) -> None:
+    """Give every layer its store, or none when it is closed."""
+    for source in sources:
+        source.store = store
+
+
+def register() -> None:
+    """Make the implementation known to transformers; doing it again changes nothing."""
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

@@ -1,0 +1,218 @@
+"""Where expert bytes live: a fixed set of slots in memory, a cache per layer, and threads that fill slots from disk.
+
+A slot is never written while someone computes with it. Misses may be handed out in the order in which their reads end;
+who needs a fixed order (experts.py) restores it. Knows layers and experts as integers and their bytes; no routing.
+"""
+
+import mmap
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from moedge.models.expert_map import ExpertMap
+from moedge.runtime.policy import LayerCache
+from moedge.runtime.reader import PAGE, DirectReader, Target
+
+READ_THREADS = 4
+Parameters = dict[str, torch.Tensor]
+
+
+@dataclass
+class Counters:
+    """What the store has done since it was made. A hit is an expert that was resident before its event."""
+
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+
+
+class ExpertStore(Protocol):
+    """Gives experts to those who compute with them."""
+
+    counters: Counters
+
+    def fetch(
+        self, layer: int, experts: Sequence[int], weights: Sequence[float] | None = None
+    ) -> Iterator[tuple[int, Parameters]]:
+        """Each of the distinct `experts` once, in any order, with its parameters.
+
+        The parameters are valid until the iterator goes on. `weights`: the router's probability of each expert.
+        """
+
+    def close(self) -> None: ...
+
+
+class MemoryStore:
+    """All experts in memory: the fake of ExpertStore for tests, `parameters[layer][expert]`."""
+
+    def __init__(self, parameters: Sequence[Sequence[Parameters]]) -> None:
+        self.counters = Counters()
+        self._parameters = parameters
+
+    def fetch(
+        self, layer: int, experts: Sequence[int], weights: Sequence[float] | None = None
+    ) -> Iterator[tuple[int, Parameters]]:
+        self.counters.hits += len(experts)
+        for expert in experts:
+            yield expert, self._parameters[layer][expert]
+
+    def close(self) -> None:
+        pass
+
+
+class Slots:
+    """`count` pieces of `nbytes` bytes in one anonymous mapping; memory is taken when a slot is first written."""
+
+    def __init__(self, count: int, nbytes: int) -> None:
+        self.stride = -(-nbytes // PAGE) * PAGE
+        self.free = list(range(count))
+        self._bytes = torch.frombuffer(mmap.mmap(-1, max(1, count) * self.stride), dtype=torch.uint8)
+
+    def __getitem__(self, slot: int) -> torch.Tensor:
+        return self._bytes[slot * self.stride : (slot + 1) * self.stride]
+
+
+class DiskStore:
+    """Experts on disk, as many in memory as there are slots.
+
+    `capacities[l]` experts of layer l stay between events; `spare` more slots (at least 1, best the experts of one
+    token) hold what is being read. Events exclude each other: a second thread waits until the first is done.
+    """
+
+    def __init__(
+        self,
+        experts: ExpertMap,
+        reader: DirectReader,
+        caches: Sequence[LayerCache],
+        spare: int,
+        threads: int = READ_THREADS,
+    ) -> None:
+        self.counters = Counters()
+        self.caches = tuple(caches)
+        self._map, self._reader = experts, reader
+        self._slots = Slots(sum(c.capacity for c in caches) + spare, max(lay.nbytes for lay in experts.layouts))
+        self._held: tuple[dict[int, int], ...] = tuple({} for _ in caches)  # per layer: resident expert -> slot
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="moedge-read")
+        self._event = threading.Lock()
+        self._owner: int | None = None
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(len(held) for held in self._held) * self._slots.stride
+
+    def resident(self, layer: int) -> frozenset[int]:
+        return frozenset(self._held[layer])
+
+    def fetch(
+        self, layer: int, experts: Sequence[int], weights: Sequence[float] | None = None
+    ) -> Iterator[tuple[int, Parameters]]:
+        with self._exclusive():
+            event = _Event(self, layer, experts, weights)
+            try:
+                yield from event.hits()
+                yield from event.misses()
+            finally:
+                event.finish()
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        me = threading.get_ident()
+        if self._owner == me:
+            raise RuntimeError("fetch was called while this thread was still using the experts of another fetch")
+        with self._event:
+            self._owner = me
+            try:
+                yield
+            finally:
+                self._owner = None
+
+    def _views(self, layer: int, slot: int) -> Parameters:
+        return self._map.layouts[layer].views(self._slots[slot])
+
+    def _load(self, layer: int, expert: int, slot: int) -> int:
+        """Bring one expert into a slot (on a reading thread). Returns the bytes read."""
+        memory, layout = self._slots[slot], self._map.layouts[layer]
+        targets: list[Target] = []
+        conversions: list[Callable[[], None]] = []
+        for field, source in zip(layout.fields, self._map.sources(layer, expert), strict=True):
+            if self._map.is_copied(layer, source):
+                start = field.offset
+                for part in source.parts:
+                    targets.append((part, memory[start : start + part.nbytes]))
+                    start += part.nbytes
+            else:
+                raw = [torch.empty(part.nbytes, dtype=torch.uint8) for part in source.parts]
+                targets.extend(zip(source.parts, raw, strict=True))
+                conversions.append(lambda f=field, s=source, r=raw: self._map.convert_into(f, s, r, memory))  # type: ignore[misc]
+        count = self._reader.read(targets)
+        for convert in conversions:
+            convert()
+        return count
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._reader.close()
+
+
+class _Event:
+    """One use of one layer's experts: classified at once, then hits, then misses as they arrive.
+
+    The cache decides at the start who will stay. Whoever leaves gives up its slot as soon as it has been used, so the
+    spare slots and these are enough for any number of misses.
+    """
+
+    def __init__(self, store: DiskStore, layer: int, experts: Sequence[int], weights: Sequence[float] | None) -> None:
+        access = store.caches[layer].access(experts, weights)
+        self._store, self._layer, self._access = store, layer, access
+        self._leaving = frozenset(access.evicted)
+        self._held, self._free = store._held[layer], store._slots.free
+        self._waiting = deque(access.misses)
+        self._reading: dict[Future[int], tuple[int, int]] = {}
+        store.counters.hits += len(access.hits)
+        store.counters.misses += len(access.misses)
+        for expert in self._leaving.intersection(self._held).difference(access.hits):
+            self._free.append(self._held.pop(expert))
+        self._start_reads()
+
+    def _start_reads(self) -> None:
+        while self._waiting and self._free:
+            expert, slot = self._waiting.popleft(), self._free.pop()
+            self._reading[self._store._pool.submit(self._store._load, self._layer, expert, slot)] = (expert, slot)
+
+    def hits(self) -> Iterator[tuple[int, Parameters]]:
+        for expert in self._access.hits:
+            yield expert, self._store._views(self._layer, self._held[expert])
+            if expert in self._leaving:
+                self._free.append(self._held.pop(expert))
+                self._start_reads()
+
+    def misses(self) -> Iterator[tuple[int, Parameters]]:
+        while self._reading:
+            done, _ = wait(self._reading, return_when=FIRST_COMPLETED)
+            for future in done:
+                expert, slot = self._reading[future]
+                self._store.counters.bytes_read += future.result()
+                yield expert, self._store._views(self._layer, slot)
+                del self._reading[future]
+                if expert in self._leaving:
+                    self._free.append(slot)
+                else:
+                    self._held[expert] = slot
+                self._start_reads()
+        assert not self._waiting, "the store has fewer slots than its caches and one spare"
+
+    def finish(self) -> None:
+        """Give back the slots of whatever was not handed out: after an error, or when the consumer stopped early."""
+        wait(self._reading)
+        self._free.extend(slot for _, slot in self._reading.values())
+        self._reading.clear()
+        for expert in self._leaving.intersection(self._held):
+            self._free.append(self._held.pop(expert))
+        for expert in self._store.caches[self._layer].resident - self._held.keys():
+            self._store.caches[self._layer].forget(expert)
