@@ -20,6 +20,7 @@ from moedge.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+READ_BLOCK = 4 << 20  # bytes per read, so that the page cache never holds much of a large tensor
 MAX_HEADER = 100 << 20  # the limit of the format's reference implementation
 DTYPES = {
     "F64": torch.float64,
@@ -77,20 +78,20 @@ class ShardFile:
                 f"shard {self.path} changed while {tensor} was being read: load the model again from a finished copy"
             )
 
-    def pread(self, offset: int, nbytes: int, tensor: str) -> bytearray:
-        """`nbytes` bytes from `offset`, through the page cache, which is told to forget them."""
-        buffer = bytearray(nbytes)
-        view, done = memoryview(buffer), 0
+    def pread(self, offset: int, nbytes: int, tensor: str) -> torch.Tensor:
+        """`nbytes` bytes from `offset` as uint8, 64-byte aligned; the page cache is told to forget them."""
+        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        view, done = memoryview(buffer.numpy()), 0
         while done < nbytes:
-            count = os.preadv(self.fd, [view[done:]], offset + done)
+            count = os.preadv(self.fd, [view[done : done + READ_BLOCK]], offset + done)
             if count == 0:
                 raise CheckpointError(
                     f"shard {self.path} ends {nbytes - done} bytes before {tensor} does: fetch it again"
                 )
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self.fd, offset + done, count, os.POSIX_FADV_DONTNEED)
             done += count
         self.check_unchanged(tensor)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
         return buffer
 
     def close(self) -> None:
@@ -171,10 +172,7 @@ class Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor `name`, in the checkpoint's dtype, in memory of its own."""
         info = self.tensors[name]
-        if info.nbytes == 0:
-            return torch.empty(info.shape, dtype=info.dtype)
-        buffer = self._shards[info.file].pread(info.offset, info.nbytes, name)
-        return torch.frombuffer(buffer, dtype=info.dtype).view(info.shape)
+        return self._shards[info.file].pread(info.offset, info.nbytes, name).view(info.dtype).view(info.shape)
 
     def lazy_state_dict(self, without: set[str] | frozenset[str] = frozenset()) -> dict[str, LazyTensor]:
         """A state dict for `from_pretrained` that reads each tensor only when it is used."""
@@ -204,13 +202,13 @@ def _read_header(shard: ShardFile) -> Iterator[TensorInfo]:
         raise CheckpointError(
             f"shard {shard.path} has {shard.size} bytes, too few for a safetensors file: fetch it again"
         )
-    (length,) = struct.unpack("<Q", shard.pread(0, 8, "the header"))
+    (length,) = struct.unpack("<Q", bytes(shard.pread(0, 8, "the header").numpy()))
     if length > min(MAX_HEADER, shard.size - 8):
         raise CheckpointError(
             f"shard {shard.path} is not safetensors, or is truncated: its header would have {length} bytes"
         )
     try:
-        header = json.loads(bytes(shard.pread(8, length, "the header")))
+        header = json.loads(bytes(shard.pread(8, length, "the header").numpy()))
         header.pop("__metadata__", None)
         entries = [(name, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,7 +1,7 @@
 """The experts implementation that plugs into transformers: same maths as its eager one, weights from an expert store.
 
-Results are bit-equal to eager at equal input shapes: each expert sees its tokens in eager's order, and outputs are added
-in expert-index order whatever the order in which the experts arrived. Knows hidden states and experts, no disk.
+Results are bit-equal to eager at equal input shapes: each expert sees its tokens in eager's order, and outputs are
+added in expert-index order whatever the order in which the experts arrived. Knows hidden states and experts, no disk.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -90,11 +90,11 @@ def feed_forward(module: Any, parameters: Parameters, x: Tensor) -> Tensor:
     x = project(x, parameters["down_proj"])
     if module.has_bias:
         x = x + parameters["down_proj_bias"]
-    return module.post_expert_norm(x) if module.has_post_expert_norm else x  # type: ignore[no-any-return]
+    return module.post_expert_norm(x) if module.has_post_expert_norm else x
 
 
 class _Reread(torch.autograd.Function):
-    """Keeps no expert for backward: slots are reused, so backward fetches the experts again. Experts get no gradient."""
+    """Keeps no expert for backward, as slots are reused: backward fetches them again. Experts get no gradient."""
 
     @staticmethod
     def forward(ctx: Any, module: Any, source: ExpertSource, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:

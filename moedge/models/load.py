@@ -1,0 +1,213 @@
+"""Build a model with its experts left out, and its tokenizer.
+
+The model is made by transformers' own `from_pretrained`, from a state dict that reads each tensor when it is asked for
+and has no experts in it; a quantizer hook lets the caller take the expert parameters out of the meta model before.
+Knows how a model is made; what runs in place of the experts is the caller's.
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.configuration_utils import PretrainedConfig
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moedge.errors import CheckpointError, ModelError
+from moedge.models.anatomy import Anatomy, dissect
+from moedge.models.architecture import meta_model, text_class, text_config
+from moedge.models.checkpoint import Checkpoint
+from moedge.models.expert_map import ExpertMap
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+TakeOut = Callable[[PreTrainedModel, Anatomy], None]
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """`"bf16"`, `"bfloat16"` or a torch dtype. Raises ModelError for one that moedge does not run in."""
+    found = DTYPES.get(dtype) or getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in DTYPES.values():
+        raise ModelError(f"dtype {dtype} is not one that moedge runs in: choose {', '.join(DTYPES)}")
+    return found
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """All that can be known of a checkpoint without loading weights."""
+
+    folder: Path
+    config: PretrainedConfig
+    dtype: torch.dtype
+    checkpoint: Checkpoint
+    meta: PreTrainedModel  # whole, on the meta device
+    anatomy: Anatomy
+    experts: ExpertMap
+
+    @property
+    def backbone_bytes(self) -> int:
+        """Bytes of all parameters and buffers that are not experts, tied ones once."""
+        tensors = {id(t): t for t in (*self.meta.parameters(), *self.meta.buffers())}
+        return sum(t.numel() * t.element_size() for t in tensors.values()) - self.anatomy.expert_bytes
+
+    @property
+    def max_context(self) -> int | None:
+        """The model's own limit in tokens, where its config has one."""
+        value = getattr(self.config, "max_position_embeddings", None)
+        return value if isinstance(value, int) else None
+
+
+def draw(folder: Path, dtype: str | torch.dtype | None = None) -> Blueprint:
+    """Read config and headers of the checkpoint in `folder`; close `.checkpoint` when done.
+
+    `dtype` None takes the checkpoint's own. Raises ModelError for a model that moedge cannot run (dense, multimodal
+    only, quantised), CheckpointError for files that are missing or damaged.
+    """
+    config = _read_config(folder)
+    quantised = getattr(config, "quantization_config", None) or getattr(
+        text_config(config), "quantization_config", None
+    )
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
+        raise ModelError(
+            f"{folder} is quantised already ({method}): moedge does not read that yet; use the 16-bit original"
+        )
+    checkpoint = Checkpoint(folder)
+    try:
+        chosen = parse_dtype(dtype) or _own_dtype(config, checkpoint)
+        meta = meta_model(config, chosen)
+        anatomy = dissect(meta)
+        return Blueprint(
+            folder, text_config(config), chosen, checkpoint, meta, anatomy, ExpertMap(meta, anatomy, checkpoint)
+        )
+    except BaseException:
+        checkpoint.close()
+        raise
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} has no config.json: name the folder of a Hugging Face checkpoint")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelError(
+            f"config.json in {folder} is not one that transformers {transformers.__version__} reads: {error}"
+        ) from error
+    return config
+
+
+def _own_dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+    own = text_config(config).dtype or config.dtype
+    if own in DTYPES.values():
+        return own
+    return next((i.dtype for i in checkpoint.tensors.values() if i.dtype in DTYPES.values()), torch.float32)
+
+
+def load_backbone(blueprint: Blueprint, take_out: TakeOut, experts_implementation: str | None) -> PreTrainedModel:
+    """The model with every parameter but the experts'; `take_out(meta model, anatomy)` removes those before loading.
+
+    Raises CheckpointError when the checkpoint lacks a tensor of the backbone or has one of another shape.
+    """
+
+    def on_meta(model: PreTrainedModel) -> None:
+        model._moedge_anatomy = blueprint.anatomy
+        take_out(model, blueprint.anatomy)
+
+    # only families whose experts transformers' decorator marks know the argument
+    implementation = {"experts_implementation": experts_implementation} if experts_implementation else {}
+    with _quiet():
+        try:
+            model, info = text_class(blueprint.config).from_pretrained(
+                None,
+                config=blueprint.config,
+                state_dict=blueprint.checkpoint.lazy_state_dict(without=blueprint.experts.tensors),
+                dtype=blueprint.dtype,
+                quantization_config=_LeaveOutExperts(on_meta),
+                output_loading_info=True,
+                **implementation,
+            )
+        except RuntimeError as error:
+            raise CheckpointError(f"the weights in {blueprint.folder} do not fit config.json: {error}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{blueprint.folder} has no tensor for {missing[0]} ({len(missing)} missing): it is not a whole checkpoint"
+        )
+    _forget_hook(model)
+    if (blueprint.folder / "generation_config.json").exists() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(blueprint.folder)
+    model.name_or_path = str(blueprint.folder)
+    return model  # type: ignore[no-any-return]
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The checkpoint's tokenizer, or None where it has none. Raises CheckpointError for one that cannot be read."""
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError, ImportError) as error:
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
+    return tokenizer
+
+
+@contextmanager
+def _quiet() -> Any:
+    """Keep transformers' progress bar and load report away: moedge reports itself."""
+    log = logging.getLogger("transformers.modeling_utils")
+    level, bars = log.level, transformers.utils.logging.is_progress_bar_enabled()
+    log.setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+@register_quantization_config("moedge")  # type: ignore[untyped-decorator]
+class _LeaveOutExperts(QuantizationConfigMixin):  # type: ignore[misc]
+    """Carries the hook to the quantizer below; never written to a config."""
+
+    def __init__(self, on_meta: Callable[[PreTrainedModel], None]) -> None:
+        self.quant_method, self.on_meta = "moedge", on_meta
+
+
+@register_quantizer("moedge")  # type: ignore[untyped-decorator]
+class _LeaveOutExpertsHook(HfQuantizer):  # type: ignore[misc]
+    """transformers calls it with the model on the meta device, before any weight is read."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        self.quantization_config.on_meta(model)
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def _forget_hook(model: PreTrainedModel) -> None:
+    """The model is not quantised: PEFT, Trainer and its config must not take it for one."""
+    model.hf_quantizer.remove_quantization_config(model)
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if name in vars(model):
+            delattr(model, name)
+
+    def save_pretrained(*args: Any, **kwargs: Any) -> None:
+        raise ModelError(
+            "save_pretrained would save the model without its experts, which are on disk: copy the checkpoint"
+        )
+
+    model.save_pretrained = save_pretrained

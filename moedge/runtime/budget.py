@@ -1,0 +1,242 @@
+"""Who may take how many bytes of the limit: process, backbone, context, activations, read buffers, expert slots.
+
+One estimator: `moedge plan` prints what `moedge.load` enforces. Everything but the slots is estimated from the meta
+model and from this process; the slots get the rest. Knows sizes, reads no weights.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moedge.errors import ContextError, MemoryLimitError, ModelError
+from moedge.models.load import Blueprint
+from moedge.runtime.device import process_memory
+from moedge.runtime.reader import BLOCK, PAGE
+from moedge.runtime.store import READ_THREADS
+from moedge.units import format_size
+
+DEFAULT_CONTEXT = 2048  # tokens, where a limit is given and no context
+LATER_IMPORTS = (
+    40 << 20
+)  # what running adds to the process after planning: generation code, thread stacks, BLAS buffers
+LOGITS = 16 << 20  # the least reserved for logits
+ACTIVATION_COPIES = 14  # hidden-size tensors alive at once in one decoder layer, with room for the allocator
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the plan: `nbytes` for `name`, and where the figure comes from."""
+
+    name: str
+    nbytes: int
+    basis: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a memory limit is spent. `capacities[l]`: experts of layer l that stay in memory between tokens."""
+
+    limit: int | None
+    rows: tuple[Row, ...]
+    capacities: tuple[int, ...]
+    num_experts: tuple[int, ...]
+    spare: int
+    slot_bytes: int
+    context: int | None
+    parallel: int
+    prefill_chunk: int
+    logits_bytes: int | None  # None: not limited
+
+    @property
+    def total(self) -> int:
+        return sum(row.nbytes for row in self.rows)
+
+    @property
+    def resident_share(self) -> float:
+        """Share of all experts that have a slot."""
+        return sum(self.capacities) / sum(self.num_experts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan for JSON, sizes in bytes."""
+        return asdict(self) | {"total": self.total, "resident_share": self.resident_share}
+
+
+def make_plan(
+    blueprint: Blueprint,
+    limit: int | None = None,
+    context: int | None = None,
+    parallel: int = 1,
+    prefill_chunk: int = 512,
+) -> Plan:
+    """Share out `limit` bytes for the whole process (None: nothing is limited and every expert gets a slot).
+
+    `context` is in tokens for each of `parallel` sequences. Raises MemoryLimitError when one layer's top-k experts do
+    not fit, ContextError when the model has no such context.
+    """
+    layers = blueprint.anatomy.layers
+    context = _checked_context(blueprint, limit, context, parallel)
+    stride = -(-max(layout.nbytes for layout in blueprint.experts.layouts) // PAGE) * PAGE
+    spare = max(layer.top_k for layer in layers)
+    counts = tuple(layer.num_experts for layer in layers)
+    fixed = _fixed_rows(blueprint, context, parallel, prefill_chunk) if limit is not None or context else ()
+    if limit is None:
+        fixed = fixed or _fixed_rows(blueprint, 0, 0, prefill_chunk)
+        capacities = counts
+    else:
+        left = limit - sum(row.nbytes for row in fixed)
+        if left < spare * stride:
+            raise _too_little(limit, left, spare * stride, spare, fixed)
+        capacities = share_slots(left // stride - spare, counts)
+    held = sum(capacities) + spare
+    slots = Row("expert slots", held * stride, f"{held} of {format_size(stride)}, {spare} of them for reads under way")
+    return Plan(
+        limit=limit,
+        rows=(*fixed, slots),
+        capacities=capacities,
+        num_experts=counts,
+        spare=spare,
+        slot_bytes=stride,
+        context=context,
+        parallel=parallel,
+        prefill_chunk=prefill_chunk,
+        logits_bytes=None if limit is None else next(row.nbytes for row in fixed if row.name == "logits"),
+    )
+
+
+def share_slots(slots: int, num_experts: Sequence[int]) -> tuple[int, ...]:
+    """`slots` over the layers as evenly as their numbers of experts allow."""
+    capacities = [0] * len(num_experts)
+    slots = min(slots, sum(num_experts))
+    while slots > 0:
+        open_layers = [i for i, count in enumerate(num_experts) if capacities[i] < count]
+        each, extra = divmod(slots, len(open_layers))
+        for position, i in enumerate(open_layers):
+            given = min(each + (position < extra), num_experts[i] - capacities[i])
+            capacities[i] += given
+            slots -= given
+    return tuple(capacities)
+
+
+def _checked_context(blueprint: Blueprint, limit: int | None, context: int | None, parallel: int) -> int | None:
+    longest = blueprint.max_context
+    if parallel < 1 or (context is not None and context < 1):
+        raise ContextError(f"context {context} for {parallel} sequences: both must be at least 1")
+    if context is not None and longest is not None and context > longest:
+        raise ContextError(f"context {context} is more than the model's {longest} tokens: ask for at most that")
+    if context is None and limit is not None:
+        return min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
+    return context
+
+
+def _fixed_rows(blueprint: Blueprint, context: int | None, parallel: int, chunk: int) -> tuple[Row, ...]:
+    """Everything that is not an expert slot."""
+    now, _ = process_memory()
+    tokens = context or 0
+    chunk = min(chunk, tokens) if tokens else chunk
+    cache = context_bytes(blueprint, tokens) * parallel if tokens else 0
+    scratch = 0
+    if any(not blueprint.experts.is_copied(0, source) for source in blueprint.experts.sources(0, 0)):
+        scratch = 2 * max(blueprint.experts.nbytes(layer.index, 0) for layer in blueprint.anatomy.layers)
+    return (
+        Row(
+            "process",
+            now + LATER_IMPORTS,
+            f"{format_size(now)} measured now, {format_size(LATER_IMPORTS)} for later imports",
+        ),
+        Row("backbone", blueprint.backbone_bytes, f"parameters outside the experts, {blueprint.dtype}"[:60]),
+        Row("context", cache, f"{tokens} tokens for {parallel}, cache of the model run on the meta device"),
+        Row(
+            "activations", activation_bytes(blueprint, chunk, tokens), f"estimate for a prefill chunk of {chunk} tokens"
+        ),
+        Row("logits", max(LOGITS, 4 * 4 * _vocabulary(blueprint)), "for inputs scored at once"),
+        Row(
+            "read buffers",
+            READ_THREADS * (BLOCK + scratch),
+            f"{READ_THREADS} threads of {format_size(BLOCK + scratch)}",
+        ),
+    )
+
+
+def _too_little(limit: int, left: int, need: int, top_k: int, fixed: Sequence[Row]) -> MemoryLimitError:
+    rest = ", ".join(f"{row.name} {format_size(row.nbytes)}" for row in fixed)
+    return MemoryLimitError(
+        f"needs {format_size(need)} to hold one layer's {top_k} experts, --memory {format_size(limit)} leaves "
+        f"{format_size(max(0, left))} after {rest}: give at least {format_size(limit - left + need)}, "
+        "or a shorter --context, or fit the model first"
+    )
+
+
+def context_bytes(blueprint: Blueprint, tokens: int) -> int:
+    """Bytes of the cache that the model itself makes for one sequence of `tokens` tokens, and of its growth by one.
+
+    The model is run on the meta device with its experts replaced by the identity, so every kind of cache counts
+    (sliding windows, latent attention, state-space states) without a line per architecture.
+    """
+    model = blueprint.meta
+    experts: list[Any] = [model.get_submodule(layer.experts) for layer in blueprint.anatomy.layers]
+    try:
+        for module in experts:
+            module.forward = lambda hidden, *_, **__: hidden
+        ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+        inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if blueprint.anatomy.encoder_decoder else {})
+        with torch.inference_mode():
+            cache = model.eval()(**inputs, use_cache=True).past_key_values
+    finally:
+        for module in experts:
+            del module.forward
+    sizes = [tensor.numel() * tensor.element_size() for tensor in _tensors(cache)]
+    if not sizes:
+        raise ModelError(f"{type(model).__name__} keeps no cache of its context, so no limit can be planned for it")
+    return sum(sizes) + 2 * max(sizes)  # a cache that grows holds the old and the new tensor of one layer at once
+
+
+def _tensors(value: Any, seen: set[int] | None = None) -> list[Tensor]:
+    """The distinct tensors in nested lists, dicts and objects."""
+    seen = set() if seen is None else seen
+    if id(value) in seen or isinstance(value, (str, int, float, type(None), torch.device, torch.dtype, type)):
+        return []
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    elif not isinstance(value, (list, tuple)):
+        value = list(vars(value).values()) if hasattr(value, "__dict__") else []
+    return [tensor for item in value for tensor in _tensors(item, seen)]
+
+
+def activation_bytes(blueprint: Blueprint, chunk: int, context: int) -> int:
+    """What a forward pass of `chunk` tokens holds at once besides weights and cache: an upper estimate.
+
+    The widest layer counts: copies of the hidden state, attention's heads and mask, a dense or shared feed-forward, and
+    of the experts their outputs (top-k per token, kept to be added in order) and one expert's intermediate rows.
+    """
+    size = blueprint.dtype.itemsize
+    hidden = _hidden(blueprint)
+    widest = max(
+        (
+            p.shape[0]
+            for n, p in blueprint.meta.named_parameters()
+            if p.dim() == 2 and "embed" not in n and p.shape[0] < _vocabulary(blueprint)
+        ),
+        default=hidden,
+    )
+    experts = max(
+        layer.top_k * hidden + 3 * max(shape[0] for shape, _ in layer.parameters.values())
+        for layer in blueprint.anatomy.layers
+    )
+    per_token = ACTIVATION_COPIES * hidden + 4 * widest + 2 * experts
+    scores = 16 * max(layer.num_experts for layer in blueprint.anatomy.layers)  # fp32 router logits and their copies
+    mask = 5 * max(chunk, context)  # per token: bool, and the additive float that attention makes of it
+    return chunk * (per_token * size + scores + mask)
+
+
+def _hidden(blueprint: Blueprint) -> int:
+    return int(blueprint.meta.get_input_embeddings().weight.shape[1])
+
+
+def _vocabulary(blueprint: Blueprint) -> int:
+    return int(blueprint.meta.get_input_embeddings().weight.shape[0])

@@ -1,0 +1,189 @@
+"""`moedge.load`: a model whose experts stay on disk, within a memory limit for the whole process.
+
+Puts the parts together: blueprint, plan, backbone, expert store. What each part does is in its own module.
+"""
+
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moedge.errors import CheckpointError, ContextError, MemoryLimitError, ModelError
+from moedge.models.anatomy import Anatomy
+from moedge.models.hub import resolve
+from moedge.models.load import Blueprint, draw, load_backbone, load_tokenizer
+from moedge.runtime.budget import Plan, make_plan
+from moedge.runtime.device import return_freed_memory
+from moedge.runtime.experts import IMPLEMENTATION, ExpertSource, connect, register, take_out_experts
+from moedge.runtime.generate import Prompt, Step, generate
+from moedge.runtime.policy import POLICIES, LayerCache
+from moedge.runtime.reader import DirectReader
+from moedge.runtime.store import DiskStore
+from moedge.units import format_size, parse_size
+
+
+class LM:
+    """A loaded model. `.model` is the transformers model; `.store` holds the experts that are in memory.
+
+    Close it, or use it in a `with` statement: its files and threads are released then.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        store: DiskStore,
+        plan: Plan,
+        blueprint: Blueprint,
+        sources: Sequence[ExpertSource],
+    ) -> None:
+        self.model, self.store, self.plan = model, store, plan
+        self.anatomy: Anatomy = blueprint.anatomy
+        self._tokenizer = tokenizer
+        self._folder = blueprint.folder
+        connect(sources, store)
+        self._release = weakref.finalize(self, _release, store, blueprint, sources)
+        model.register_forward_pre_hook(_Guard(plan), with_kwargs=True)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer. Raises CheckpointError where it has none."""
+        if self._tokenizer is None:
+            raise CheckpointError(f"{self._folder} has no tokenizer: copy the tokenizer's files beside the weights")
+        return self._tokenizer
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that are reserved for one sequence; None where nothing is limited."""
+        return self.plan.context
+
+    @property
+    def prefill_chunk(self) -> int:
+        """Tokens that are read at once from a prompt. Independent of the limit, because float results depend on it."""
+        return self.plan.prefill_chunk
+
+    def generate(self, prompt: Prompt, max_new_tokens: int = 64, **settings: Any) -> Iterator[Step]:
+        """Answer `prompt` token by token; settings as in `moedge.Sampling`. See runtime/generate.py."""
+        return generate(self, prompt, max_new_tokens, **settings)
+
+    def close(self) -> None:
+        """Release files, threads and slots; the model cannot run afterwards. Closing again does nothing."""
+        self._release()
+
+    def __enter__(self) -> "LM":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def load(
+    model: str | os.PathLike[str],
+    memory: str | int | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str = "cpu",
+    policy: str = "default",
+    context: int | None = None,
+    parallel: int = 1,
+    prefill_chunk: int = 512,
+) -> LM:
+    """Load an MoE checkpoint (folder, hub cache folder or hub id) with its experts left on disk.
+
+    memory: limit for the whole process, `"600MiB"` or bytes; None limits nothing.
+    dtype: "fp32", "bf16", "fp16" or None for the checkpoint's own. policy: a key of `moedge.POLICIES`.
+    context: tokens reserved for each of `parallel` sequences; with a limit at most 2048 by default.
+
+    Raises ModelError, CheckpointError, MemoryLimitError, ContextError; each names the thing, its value and the remedy.
+    """
+    if device != "cpu":
+        raise ModelError(f"device {device!r} is not one that moedge computes on yet: use 'cpu'")
+    if policy not in POLICIES:
+        raise ModelError(f"policy {policy!r} does not exist: choose {', '.join(POLICIES)}")
+    if prefill_chunk < 1:
+        raise ContextError(f"prefill_chunk {prefill_chunk} must be at least 1 token")
+    blueprint = draw(resolve(model), dtype)
+    try:
+        tokenizer = load_tokenizer(blueprint.folder)
+        limit = None if memory is None else _limit(memory)
+        plan = make_plan(blueprint, limit, context, parallel, prefill_chunk)
+        if limit is not None:
+            return_freed_memory()
+        return _assemble(blueprint, plan, tokenizer, policy)
+    except BaseException:
+        blueprint.checkpoint.close()
+        raise
+
+
+def _limit(memory: str | int) -> int:
+    try:
+        return parse_size(memory)
+    except ValueError as error:
+        raise MemoryLimitError(str(error)) from error
+
+
+def _assemble(blueprint: Blueprint, plan: Plan, tokenizer: PreTrainedTokenizerBase | None, policy: str) -> LM:
+    register()
+    sources: list[ExpertSource] = []
+    modular = any(layer.kind.modular for layer in blueprint.anatomy.layers)
+    model = load_backbone(
+        blueprint,
+        take_out=lambda meta, anatomy: sources.extend(take_out_experts(meta, anatomy)),
+        experts_implementation=None if modular else IMPLEMENTATION,
+    )
+    caches = [
+        LayerCache(count, capacity, POLICIES[policy](count, capacity))
+        for count, capacity in zip(plan.num_experts, plan.capacities, strict=True)
+    ]
+    store = DiskStore(blueprint.experts, DirectReader(blueprint.checkpoint), caches, plan.spare)
+    return LM(model, tokenizer, store, plan, blueprint, sources)
+
+
+def _release(store: DiskStore, blueprint: Blueprint, sources: Sequence[ExpertSource]) -> None:
+    connect(sources, None)
+    store.close()
+    blueprint.checkpoint.close()
+
+
+class _Guard:
+    """Runs before every forward pass and refuses what the plan has no memory for."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = (
+            ("decoder_input_ids", "input_ids") if model.config.is_encoder_decoder else ("input_ids", "inputs_embeds")
+        )
+        given = [value for name in names if (value := kwargs.get(name)) is not None] + list(args[:1])
+        if not given:
+            return
+        batch, length = given[0].shape[:2]
+        cache = kwargs.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        self._check_context(batch, past + length)
+        keep = kwargs.get("logits_to_keep", 0)
+        self._check_logits(model, batch * (min(keep, length) if isinstance(keep, int) and keep else length))
+
+    def _check_context(self, batch: int, length: int) -> None:
+        context, parallel = self._plan.context, self._plan.parallel
+        if context is not None and batch * length > context * parallel:
+            raise ContextError(
+                f"{batch} x {length} tokens are more than the reserved context of {parallel} x {context}: "
+                f"shorten the input, or load with a larger --context or --parallel"
+            )
+
+    def _check_logits(self, model: Any, rows: int) -> None:
+        reserved = self._plan.logits_bytes
+        embedding = model.get_input_embeddings().weight
+        need = rows * int(embedding.shape[0]) * embedding.element_size()
+        if reserved is not None and need > reserved:
+            raise MemoryLimitError(
+                f"the logits of {rows} tokens need {format_size(need)}, the plan has {format_size(reserved)} for them: "
+                "pass logits_to_keep, score the text with moedge eval (which goes chunk by chunk), or raise --memory"
+            )
