@@ -1,0 +1,262 @@
+"""One sequence being read or written: its key/value cache and the ids that it holds. Knows no sampling and no text.
+
+The model makes its own cache (so recurrent and sliding layers keep what they need) and gets it back at every call.
+Reading goes in chunks of a fixed size, which does not depend on any memory limit: float results depend on it.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+from moedge.errors import ContextError, DataError, ModelError
+
+LOGITS_BYTES = 32 << 20  # logits that one chunk of `stream` may hold, as float32
+
+
+class Counters(Protocol):
+    """How often experts were found in memory, and what the others cost. They only grow."""
+
+    @property
+    def hits(self) -> int: ...
+    @property
+    def misses(self) -> int: ...
+    @property
+    def bytes_read(self) -> int: ...
+
+
+class Store(Protocol):
+    """Where expert bytes live; here only what it counts."""
+
+    @property
+    def counters(self) -> Counters: ...
+
+
+class Model(Protocol):
+    """What generating and measuring need of a loaded model (`moedge.load` gives one)."""
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+    @property
+    def store(self) -> Store | None: ...
+    @property
+    def context(self) -> int | None: ...
+    @property
+    def prefill_chunk(self) -> int: ...
+
+
+def context_of(lm: Model) -> int | None:
+    """Tokens that one sequence may have: the reserved context, else what the model's positions allow, else no limit."""
+    if lm.context is not None:
+        return lm.context
+    config = lm.model.config
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return None if longest is None or config.is_encoder_decoder else int(longest)
+
+
+def check_length(lm: Model, tokens: int, new: int = 0) -> None:
+    """ContextError when `tokens` of text and `new` more do not fit into the context."""
+    context = context_of(lm)
+    if context is not None and tokens + new > context:
+        remedy = "use a shorter text"
+        if lm.context is not None:
+            remedy = f"reserve more with --context {tokens + new}, or use a shorter text"
+        raise ContextError(
+            f"the text has {tokens} tokens, the context holds {context}"
+            f"{' including the answer' if new else ''}: {remedy}"
+        )
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Ids that the model's embedding has."""
+    embedding = model.get_input_embeddings()
+    size = getattr(embedding, "num_embeddings", None)
+    return int(size) if size is not None else int(model.config.get_text_config().vocab_size)
+
+
+def check_ids(lm: Model, ids: Sequence[int]) -> None:
+    """DataError when an id is outside the model's vocabulary, or there is none."""
+    if not ids:
+        raise DataError("the prompt is empty, and the tokenizer has no token that begins a text: write a word")
+    size = vocabulary(lm.model)
+    if min(ids) < 0 or max(ids) >= size:
+        wrong = next(token for token in ids if not 0 <= token < size)
+        raise DataError(f"token {wrong} is outside the model's vocabulary of {size}: is it another model's tokenizer?")
+
+
+class Session:
+    """The cache of one decoder's sequence. Give it to `generate` again and only what is new is computed.
+
+    Not for two threads at once. `ids` are the tokens whose keys and values the cache holds.
+    """
+
+    def __init__(self, lm: Model) -> None:
+        if lm.model.config.is_encoder_decoder:
+            raise ModelError(f"{type(lm.model).__name__} is an encoder-decoder: it has no session over a growing text")
+        self.lm = lm
+        self.ids: list[int] = []
+        self._cache: Any = None
+
+    def reset(self) -> None:
+        """Forget everything; the cache's memory is free."""
+        self._cache, self.ids = None, []
+
+    def begin(self, ids: Sequence[int]) -> Tensor:
+        """Hold exactly `ids`, computing only what the cache lacks; the last position's logits [V]."""
+        for start, end in self._spans(self._rewind(ids, len(ids) - 1), len(ids), self.lm.prefill_chunk):
+            logits = self._forward(ids[start:end], keep=1)
+        return logits[-1]
+
+    def push(self, token: int) -> Tensor:
+        """Append one token; its position's logits [V]."""
+        return self._forward([token], keep=1)[-1]
+
+    def stream(self, ids: Sequence[int], start: int = 0) -> Iterator[Tensor]:
+        """Hold exactly `ids`; the logits [t, V] of positions `start` to the end, in chunks of positions in order."""
+        for at, end in self._spans(self._rewind(ids, start), start, self.lm.prefill_chunk):
+            self._forward(ids[at:end], keep=1)
+        chunk = max(1, min(self.lm.prefill_chunk, LOGITS_BYTES // (4 * vocabulary(self.lm.model))))
+        for at, end in self._spans(start, len(ids), chunk):
+            yield self._forward(ids[at:end], keep=end - at)
+
+    def _spans(self, start: int, end: int, chunk: int) -> Iterator[tuple[int, int]]:
+        """Positions `start` to `end` in chunks, or one by one where the model cannot continue with several."""
+        while start < end:
+            several = end - start > 1 and (self._cache is None or continues(self.lm.model, self._cache))
+            stop = min(start + chunk, end) if several else start + 1
+            yield start, stop
+            start = stop
+
+    def _rewind(self, ids: Sequence[int], last: int) -> int:
+        """Keep the longest common beginning with `ids`, at most up to position `last`; its length.
+
+        A cache that cannot go back (recurrent, or a full sliding window) is dropped.
+        """
+        most = min(len(self.ids), last)
+        common = next((at for at in range(most) if self.ids[at] != ids[at]), most)
+        back = len(self.ids) - common
+        if not common or (back and not _croppable(self._cache)):
+            self.reset()
+            return 0
+        if back:
+            self._cache.crop(-back)
+            del self.ids[common:]
+        return common
+
+    @torch.inference_mode()
+    def _forward(self, ids: Sequence[int], keep: int) -> Tensor:
+        """Append `ids`; the logits [keep, V] of the last positions."""
+        check_length(self.lm, len(self.ids) + len(ids))
+        try:
+            self._cache, logits = _call(self.lm.model, ids, self._cache, keep)
+        except BaseException:  # an interrupted forward leaves layers with caches of different lengths
+            self.reset()
+            raise
+        self.ids.extend(ids)
+        return logits
+
+
+def _call(model: PreTrainedModel, ids: Sequence[int], cache: Any, keep: int) -> tuple[Any, Tensor]:
+    """One forward after `cache` (None: a new one): the cache, and the logits [keep, V] of the last positions."""
+    sparing = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    tokens = torch.tensor([list(ids)], device=model.device)
+    output = model(input_ids=tokens, past_key_values=cache, use_cache=True, return_dict=True, **sparing)
+    if output.past_key_values is None:
+        raise ModelError(f"{type(model).__name__} returned no key/value cache: it cannot be run token by token")
+    logits: Tensor = output.logits[0, -keep:]
+    return output.past_key_values, logits if sparing else logits.clone()
+
+
+_CONTINUES: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+def continues(model: PreTrainedModel, cache: Any) -> bool:
+    """Whether the model can append several tokens at once to a cache that holds some already.
+
+    Some recurrent models (Jamba among them) silently start from an empty state then. So it is tried, once for each
+    model: if several tokens give the same logits after a changed state, the state was not looked at.
+    """
+    if not any(_recurrent_states(layer) for layer in getattr(cache, "layers", ())):
+        return True
+    if model not in _CONTINUES:
+        with torch.inference_mode():
+            logits = []
+            for change in (0, 1):
+                probe, _ = _call(model, [0, 1, 2], None, keep=1)
+                for layer in probe.layers:
+                    for state in _recurrent_states(layer):
+                        state.add_(change)
+                logits.append(_call(model, [0, 1, 2], probe, keep=1)[1])
+            _CONTINUES[model] = not torch.equal(logits[0], logits[1])
+    return _CONTINUES[model]
+
+
+def _recurrent_states(layer: Any) -> list[Tensor]:
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        return []
+    return [state for state in layer.recurrent_states.values() if state is not None]
+
+
+def _croppable(cache: Any) -> bool:
+    """Whether the end of the sequence can be taken off the cache again."""
+    return isinstance(cache, Cache) and cache.is_croppable and not any(_one_way(layer) for layer in cache.layers)
+
+
+def _one_way(layer: Any) -> bool:
+    """Recurrent states and full sliding windows have forgotten what came before."""
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        return True
+    return bool(getattr(layer, "is_sliding", False)) and layer.get_seq_length() >= layer.sliding_window
+
+
+class EncodedSession:
+    """The decoder's cache of an encoder-decoder: the prompt is encoded once, the answer grows from the start token."""
+
+    def __init__(self, lm: Model) -> None:
+        self.lm = lm
+        self.ids: list[int] = []
+        self._encoded: Any = None
+        self._cache: Any = None
+
+    def begin(self, ids: Sequence[int]) -> Tensor:
+        """Encode the prompt `ids` and decode the start token; its logits [V]."""
+        generation = self.lm.model.generation_config
+        start = getattr(generation, "decoder_start_token_id", None)
+        if start is None:
+            start = getattr(generation, "bos_token_id", None)
+        if start is None:
+            raise ModelError("the model names no decoder_start_token_id: add it to its generation_config.json")
+        self._encode(ids)
+        return self.push(int(start))
+
+    @torch.inference_mode()
+    def _encode(self, ids: Sequence[int]) -> None:
+        model = self.lm.model
+        self.ids, self._cache = [], None
+        check_length(self.lm, len(ids))
+        source = torch.tensor([list(ids)], device=model.device)
+        self._encoded = model.get_encoder()(input_ids=source, return_dict=True)
+
+    @torch.inference_mode()
+    def push(self, token: int) -> Tensor:
+        """Append one token to the answer; its position's logits [V]."""
+        model = self.lm.model
+        check_length(self.lm, len(self.ids) + 1)
+        output = model(
+            encoder_outputs=self._encoded,
+            decoder_input_ids=torch.tensor([[token]], device=model.device),
+            past_key_values=self._cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        self._cache = output.past_key_values
+        self.ids.append(token)
+        logits: Tensor = output.logits[0, -1]
+        return logits
