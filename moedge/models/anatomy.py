@@ -153,8 +153,8 @@ def _stacked_shapes(experts: nn.Module) -> tuple[dict[str, tuple[tuple[int, ...]
 
 def _modular_shapes(experts: nn.Module) -> tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], int]:
     assert isinstance(experts, nn.ModuleDict)
-    first = experts["expert_0"]
-    return {name: (tuple(p.shape), p.dtype) for name, p in first.named_parameters()}, len(experts)
+    count = sum(name.startswith("expert_") for name in experts)  # NLLB keeps a dropout among them
+    return {name: (tuple(p.shape), p.dtype) for name, p in experts["expert_0"].named_parameters()}, count
 
 
 def _kind(experts: nn.Module, parameters: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> ExpertKind:

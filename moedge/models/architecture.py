@@ -11,10 +11,15 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import meta_device_safe_creation_ops
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+)
 
 from moedge.errors import ModelError
 
+_HEADS = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
 _VERSION = f"transformers {transformers.__version__}"
 
 
@@ -79,7 +84,7 @@ def _named_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
 def _mapped_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The causal or sequence-to-sequence model of the config, or of its text part, that holds no other towers."""
     for part in (config, config.get_text_config()):
-        for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING):
+        for mapping in _HEADS:
             found = mapping.get(type(part), None)
             for cls in found if isinstance(found, tuple) else (found,):
                 if cls is not None and "text_config" not in cls.config_class.sub_configs:
