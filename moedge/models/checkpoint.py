@@ -18,6 +18,7 @@ import torch
 
 from moedge.errors import CheckpointError
 
+ALIGNMENT = 64  # bytes; the BLAS rounds differently for matrices of another alignment
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 READ_BLOCK = 4 << 20  # bytes per read, so that the page cache never holds much of a large tensor
@@ -79,8 +80,12 @@ class ShardFile:
             )
 
     def pread(self, offset: int, nbytes: int, tensor: str) -> torch.Tensor:
-        """`nbytes` bytes from `offset` as uint8, 64-byte aligned; the page cache is told to forget them."""
-        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        """`nbytes` bytes from `offset` as uint8; the page cache is told to forget them.
+
+        Their address modulo 64 is that of `offset`, as when the file is mapped: products depend on alignment.
+        """
+        shift = offset % ALIGNMENT
+        buffer = torch.empty(shift + nbytes, dtype=torch.uint8)[shift:]  # torch's own memory is aligned
         view, done = memoryview(buffer.numpy()), 0
         while done < nbytes:
             count = os.preadv(self.fd, [view[done : done + READ_BLOCK]], offset + done)

@@ -3,6 +3,9 @@
 The model's own weight converters (transformers' conversion mapping) say which checkpoint tensors make up an expert.
 Where they only stack and concatenate, an expert's bytes are copied as they are; otherwise the converters are replayed
 on that one expert's tensors. So no architecture needs code here. Knows no cache and reads nothing itself.
+
+Alignment decides the last bit of a product, so each parameter gets the address modulo 64 that it has in a stock model:
+tensors that transformers makes are aligned, those that it takes from the mapped file lie where the file has them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,9 +27,8 @@ from transformers.core_model_loading import (
 
 from moedge.errors import CheckpointError
 from moedge.models.anatomy import Anatomy, MoeLayer
-from moedge.models.checkpoint import Checkpoint, TensorInfo
+from moedge.models.checkpoint import ALIGNMENT, Checkpoint, TensorInfo
 
-ALIGNMENT = 64  # bytes; the BLAS picks other code paths, with other roundings, for less aligned matrices
 UNRELATED = "config.json and weights do not belong together"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -50,6 +52,7 @@ class ParameterSource:
     parts: tuple[Part, ...]
     converter: WeightConverter | None  # None: the parts' bytes, one after the other, are the parameter
     stacked: bool  # the converter expects lists of 2-D tensors, one per expert
+    shift: int  # address modulo 64 that a stock model gives it
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Field:
 
 @dataclass(frozen=True)
 class SlotLayout:
-    """The parameters of one expert of a layer, one after the other, each aligned to 64 bytes."""
+    """The parameters of one expert of a layer, one after the other, each with room to be shifted by up to 63 bytes."""
 
     fields: tuple[Field, ...]
     nbytes: int
@@ -78,12 +81,8 @@ class SlotLayout:
         fields, end = [], 0
         for name, (shape, dtype) in layer.parameters.items():
             fields.append(Field(name, end, tuple(shape), dtype))
-            end += -(-fields[-1].nbytes // ALIGNMENT) * ALIGNMENT
+            end += -(-fields[-1].nbytes // ALIGNMENT) * ALIGNMENT + ALIGNMENT
         return cls(tuple(fields), end)
-
-    def views(self, slot: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The parameters by name as views of `slot` (uint8, at least `nbytes` long)."""
-        return {f.name: slot[f.offset : f.offset + f.nbytes].view(f.dtype).view(f.shape) for f in self.fields}
 
 
 class ExpertMap:
@@ -121,6 +120,16 @@ class ExpertMap:
         sources = self._sources[layer, expert]
         return tuple(sources[f.name] for f in self.layouts[layer].fields)
 
+    def memory(self, field: Field, source: ParameterSource, slot: torch.Tensor) -> torch.Tensor:
+        """The bytes of `slot` (uint8, 64-byte aligned) that one parameter takes."""
+        start = field.offset + source.shift
+        return slot[start : start + field.nbytes]
+
+    def views(self, layer: int, expert: int, slot: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The expert's parameters by name as views of the slot that holds it."""
+        pairs = zip(self.layouts[layer].fields, self.sources(layer, expert), strict=True)
+        return {f.name: self.memory(f, source, slot).view(f.dtype).view(f.shape) for f, source in pairs}
+
     def nbytes(self, layer: int, expert: int) -> int:
         """Bytes of the expert on disk."""
         return sum(part.nbytes for source in self.sources(layer, expert) for part in source.parts)
@@ -139,7 +148,7 @@ class ExpertMap:
                 f"tensor {source.parts[0].info.name} in {source.parts[0].info.file} gives {source.name} of shape "
                 f"{list(value.shape)}, the model wants {list(field.shape)}: {UNRELATED}"
             )
-        slot[field.offset : field.offset + field.nbytes].view(field.dtype).view(field.shape).copy_(value)
+        self.memory(field, source, slot).view(field.dtype).view(field.shape).copy_(value)
 
     def _convert(self, source: ParameterSource, values: list[torch.Tensor]) -> torch.Tensor:
         """Replay the converter on one expert: its operations see an expert axis of length one."""
@@ -223,10 +232,13 @@ def _source(
             )
         parts.append(_part(layer, pattern, infos, expert, stacked))
     plain = all(isinstance(op, MergeModulelist) or (isinstance(op, Concatenate) and op.dim == 1) for op in operations)
-    shape, _ = layer.parameters[name]
+    shape, dtype = layer.parameters[name]
     if plain:
         _check_shape(parts, tuple(shape), name)
-    return ParameterSource(name, tuple(parts), None if plain else converter, stacked)
+    as_in_file = converter is None and parts[0].info.dtype == dtype
+    return ParameterSource(
+        name, tuple(parts), None if plain else converter, stacked, parts[0].offset % ALIGNMENT if as_in_file else 0
+    )
 
 
 def _part(layer: MoeLayer, pattern: str, infos: list[TensorInfo], expert: int | None, stacked: bool) -> Part:

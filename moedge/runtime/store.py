@@ -132,8 +132,8 @@ class DiskStore:
             finally:
                 self._owner = None
 
-    def _views(self, layer: int, slot: int) -> Parameters:
-        return self._map.layouts[layer].views(self._slots[slot])
+    def _views(self, layer: int, expert: int, slot: int) -> Parameters:
+        return self._map.views(layer, expert, self._slots[slot])
 
     def _load(self, layer: int, expert: int, slot: int) -> int:
         """Bring one expert into a slot (on a reading thread). Returns the bytes read."""
@@ -142,9 +142,9 @@ class DiskStore:
         conversions: list[Callable[[], None]] = []
         for field, source in zip(layout.fields, self._map.sources(layer, expert), strict=True):
             if self._map.is_copied(layer, source):
-                start = field.offset
+                target, start = self._map.memory(field, source, memory), 0
                 for part in source.parts:
-                    targets.append((part, memory[start : start + part.nbytes]))
+                    targets.append((part, target[start : start + part.nbytes]))
                     start += part.nbytes
             else:
                 raw = [torch.empty(part.nbytes, dtype=torch.uint8) for part in source.parts]
@@ -187,7 +187,7 @@ class _Event:
 
     def hits(self) -> Iterator[tuple[int, Parameters]]:
         for expert in self._access.hits:
-            yield expert, self._store._views(self._layer, self._held[expert])
+            yield expert, self._store._views(self._layer, expert, self._held[expert])
             if expert in self._leaving:
                 self._free.append(self._held.pop(expert))
                 self._start_reads()
@@ -198,7 +198,7 @@ class _Event:
             for future in done:
                 expert, slot = self._reading[future]
                 self._store.counters.bytes_read += future.result()
-                yield expert, self._store._views(self._layer, slot)
+                yield expert, self._store._views(self._layer, expert, slot)
                 del self._reading[future]
                 if expert in self._leaving:
                     self._free.append(slot)
