@@ -86,7 +86,7 @@ class ShardFile:
         """
         shift = offset % ALIGNMENT
         buffer = torch.empty(shift + nbytes, dtype=torch.uint8)[shift:]  # torch's own memory is aligned
-        view, done = memoryview(buffer.numpy()), 0
+        view, done = memoryview(buffer.numpy().data), 0
         while done < nbytes:
             count = os.preadv(self.fd, [view[done : done + READ_BLOCK]], offset + done)
             if count == 0:

@@ -6,17 +6,18 @@ Knows how a model is made; what runs in place of the experts is the caller's.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.configuration_utils import PretrainedConfig
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moedge.errors import CheckpointError, ModelError
@@ -32,10 +33,12 @@ TakeOut = Callable[[PreTrainedModel, Anatomy], None]
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """`"bf16"`, `"bfloat16"` or a torch dtype. Raises ModelError for one that moedge does not run in."""
-    found = DTYPES.get(dtype) or getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and found not in DTYPES.values():
-        raise ModelError(f"dtype {dtype} is not one that moedge runs in: choose {', '.join(DTYPES)}")
-    return found
+    if dtype is None:
+        return None
+    for name, known in DTYPES.items():
+        if dtype in (name, known, str(known).removeprefix("torch.")):
+            return known
+    raise ModelError(f"dtype {dtype} is not one that moedge runs in: choose {', '.join(DTYPES)}")
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def _read_config(folder: Path) -> PretrainedConfig:
 
 def _own_dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
     own = text_config(config).dtype or config.dtype
-    if own in DTYPES.values():
+    if isinstance(own, torch.dtype) and own in DTYPES.values():
         return own
     return next((i.dtype for i in checkpoint.tensors.values() if i.dtype in DTYPES.values()), torch.float32)
 
@@ -116,15 +119,18 @@ def load_backbone(blueprint: Blueprint, take_out: TakeOut, experts_implementatio
     Raises CheckpointError when the checkpoint lacks a tensor of the backbone or has one of another shape.
     """
 
-    def on_meta(model: PreTrainedModel) -> None:
+    def on_meta(model: Any) -> None:
         model._moedge_anatomy = blueprint.anatomy
         take_out(model, blueprint.anatomy)
 
     # only families whose experts transformers' decorator marks know the argument
-    implementation = {"experts_implementation": experts_implementation} if experts_implementation else {}
+    implementation: dict[str, Any] = (
+        {"experts_implementation": experts_implementation} if experts_implementation else {}
+    )
+    make: Any = text_class(blueprint.config).from_pretrained
     with _quiet():
         try:
-            model, info = text_class(blueprint.config).from_pretrained(
+            model, info = make(
                 None,
                 config=blueprint.config,
                 state_dict=blueprint.checkpoint.lazy_state_dict(without=blueprint.experts.tensors),
@@ -144,7 +150,8 @@ def load_backbone(blueprint: Blueprint, take_out: TakeOut, experts_implementatio
     if (blueprint.folder / "generation_config.json").exists() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(blueprint.folder)
     model.name_or_path = str(blueprint.folder)
-    return model  # type: ignore[no-any-return]
+    result: PreTrainedModel = model
+    return result
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -159,36 +166,37 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
 
 @contextmanager
-def _quiet() -> Any:
+def _quiet() -> Iterator[None]:
     """Keep transformers' progress bar and load report away: moedge reports itself."""
-    log = logging.getLogger("transformers.modeling_utils")
-    level, bars = log.level, transformers.utils.logging.is_progress_bar_enabled()
+    log, hub = logging.getLogger("transformers.modeling_utils"), cast(Any, transformers.utils.logging)
+    level, bars = log.level, hub.is_progress_bar_enabled()
     log.setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
+    hub.disable_progress_bar()
     try:
         yield
     finally:
         log.setLevel(level)
         if bars:
-            transformers.utils.logging.enable_progress_bar()
+            hub.enable_progress_bar()
 
 
-@register_quantization_config("moedge")  # type: ignore[untyped-decorator]
-class _LeaveOutExperts(QuantizationConfigMixin):  # type: ignore[misc]
+@register_quantization_config("moedge")
+class _LeaveOutExperts(QuantizationConfigMixin):
     """Carries the hook to the quantizer below; never written to a config."""
 
     def __init__(self, on_meta: Callable[[PreTrainedModel], None]) -> None:
-        self.quant_method, self.on_meta = "moedge", on_meta
+        self.quant_method = cast(Any, "moedge")
+        self.on_meta = on_meta
 
 
-@register_quantizer("moedge")  # type: ignore[untyped-decorator]
-class _LeaveOutExpertsHook(HfQuantizer):  # type: ignore[misc]
+@register_quantizer("moedge")
+class _LeaveOutExpertsHook(HfQuantizer):
     """transformers calls it with the model on the meta device, before any weight is read."""
 
     requires_calibration = False
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        self.quantization_config.on_meta(model)
+        cast(_LeaveOutExperts, self.quantization_config).on_meta(model)
 
     def is_serializable(self) -> bool:
         return False
@@ -198,7 +206,7 @@ class _LeaveOutExpertsHook(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _forget_hook(model: PreTrainedModel) -> None:
+def _forget_hook(model: Any) -> None:
     """The model is not quantised: PEFT, Trainer and its config must not take it for one."""
     model.hf_quantizer.remove_quantization_config(model)
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):

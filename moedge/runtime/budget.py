@@ -175,7 +175,7 @@ def context_bytes(blueprint: Blueprint, tokens: int) -> int:
     The model is run on the meta device with its experts replaced by the identity, so every kind of cache counts
     (sliding windows, latent attention, state-space states) without a line per architecture.
     """
-    model = blueprint.meta
+    model: Any = blueprint.meta
     experts: list[Any] = [model.get_submodule(layer.experts) for layer in blueprint.anatomy.layers]
     try:
         for module in experts:
@@ -235,8 +235,10 @@ def activation_bytes(blueprint: Blueprint, chunk: int, context: int) -> int:
 
 
 def _hidden(blueprint: Blueprint) -> int:
-    return int(blueprint.meta.get_input_embeddings().weight.shape[1])
+    embedding: Any = blueprint.meta.get_input_embeddings()
+    return int(embedding.weight.shape[1])
 
 
 def _vocabulary(blueprint: Blueprint) -> int:
-    return int(blueprint.meta.get_input_embeddings().weight.shape[0])
+    embedding: Any = blueprint.meta.get_input_embeddings()
+    return int(embedding.weight.shape[0])
