@@ -186,15 +186,17 @@ def continues(model: PreTrainedModel, cache: Any) -> bool:
     if not any(_recurrent_states(layer) for layer in getattr(cache, "layers", ())):
         return True
     if model not in _CONTINUES:
+        middle = vocabulary(model) // 2  # ordinary tokens: padding may have an embedding of zeros
+        some = [middle, middle + 1, middle + 2]
+        logits = []
         with torch.inference_mode():
-            logits = []
             for change in (0, 1):
-                probe, _ = _call(model, [0, 1, 2], None, keep=1)
+                probe, _ = _call(model, some, None, keep=1)
                 for layer in probe.layers:
                     for state in _recurrent_states(layer):
                         state.add_(change)
-                logits.append(_call(model, [0, 1, 2], probe, keep=1)[1])
-            _CONTINUES[model] = not torch.equal(logits[0], logits[1])
+                logits.append(_call(model, some, probe, keep=1)[1])
+        _CONTINUES[model] = not torch.equal(logits[0], logits[1])
     return _CONTINUES[model]
 
 
