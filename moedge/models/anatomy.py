@@ -108,6 +108,11 @@ def is_experts(module: nn.Module) -> bool:
     return _is_decorated(module) or _is_modular(module)
 
 
+def expert_modules(experts: nn.Module) -> dict[str, nn.Module]:
+    """The modules of the experts of a family that has one per expert, in order. NLLB keeps a dropout among them."""
+    return {name: child for name, child in experts.named_children() if name.startswith("expert_")}
+
+
 def _is_decorated(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in _DECORATED)
 
@@ -153,8 +158,8 @@ def _stacked_shapes(experts: nn.Module) -> tuple[dict[str, tuple[tuple[int, ...]
 
 def _modular_shapes(experts: nn.Module) -> tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], int]:
     assert isinstance(experts, nn.ModuleDict)
-    count = sum(name.startswith("expert_") for name in experts)  # NLLB keeps a dropout among them
-    return {name: (tuple(p.shape), p.dtype) for name, p in experts["expert_0"].named_parameters()}, count
+    each = expert_modules(experts)
+    return {name: (tuple(p.shape), p.dtype) for name, p in each["expert_0"].named_parameters()}, len(each)
 
 
 def _kind(experts: nn.Module, parameters: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> ExpertKind:

@@ -212,6 +212,9 @@ def _forget_hook(model: Any) -> None:
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         if name in vars(model):
             delattr(model, name)
+    for module in model.modules():  # Jamba computes dt_proj in another order when its config says quantised
+        if isinstance(module, PreTrainedModel):
+            vars(module.config).pop("_is_quantized", None)
 
     def save_pretrained(*args: Any, **kwargs: Any) -> None:
         raise ModelError(

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moedge.errors import ModelError
-from moedge.models.anatomy import Anatomy
+from moedge.models.anatomy import Anatomy, expert_modules
 from moedge.runtime.store import ExpertStore, Parameters
 
 IMPLEMENTATION = "moedge"  # the name in transformers' registry of experts implementations
@@ -132,7 +132,7 @@ class LazyExpert(nn.Module):
     def __init__(self, skeleton: nn.Module, source: ExpertSource, expert: int) -> None:
         super().__init__()
         object.__setattr__(self, "_skeleton", skeleton.eval())  # not a submodule: its parameters are not the model's
-        self._source, self._expert = source, torch.tensor([[expert]])
+        self._source, self._expert = source, torch.tensor([[expert]], device="cpu")
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
@@ -171,7 +171,7 @@ def take_out_experts(model: nn.Module, anatomy: Anatomy) -> list[ExpertSource]:
         source = ExpertSource(None, layer.index, layer.num_experts)  # type: ignore[arg-type]
         sources.append(source)
         if layer.kind.modular:
-            for expert, (name, skeleton) in enumerate(list(module.named_children())):
+            for expert, (name, skeleton) in enumerate(expert_modules(module).items()):
                 module[name] = LazyExpert(skeleton, source, expert)
             _mark_initialised(model.get_submodule(layer.block))
         else:
