@@ -1,0 +1,1 @@
+"""How checkpoints/mini is made: sources, tokenizer, tasks, run, evaluation. See README.md."""

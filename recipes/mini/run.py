@@ -1,0 +1,96 @@
+"""Trains the mini model: `python -m recipes.mini.run --data ../shared/data`. Run it again to continue after a stop."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import click
+import torch
+from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from moedge.train.data import Mixture
+from moedge.train.kernels import install
+from moedge.train.loop import Settings, train
+from recipes.mini.prepare import END, TURN, VOCABULARY, prepare, streams
+
+SHARES = {
+    "novel": 0.34,
+    "biomedicine": 0.25,
+    "encyclopaedia": 0.05,
+    "code": 0.05,
+    "languages": 0.03,
+    "play": 0.02,
+    "mathematics": 0.03,
+    "sst2": 0.11,
+    "language": 0.02,
+    "arithmetic": 0.08,
+    "kind": 0.02,
+}
+DECAY_SHARES = SHARES | {
+    "novel": 0.29,
+    "biomedicine": 0.21,
+    "encyclopaedia": 0.04,
+    "play": 0.015,
+    "sst2": 0.09,
+    "sst2-long": 0.09,
+    "language": 0.03,
+    "arithmetic": 0.11,
+    "kind": 0.025,
+}
+ROW, LONG_ROW, LONG_EVERY = 512, 2048, 6
+
+
+def curriculum(step: int, decay: float) -> tuple[Mapping[str, float], int]:
+    """More of the tasks while the rate decays, and then every sixth step has rows of 2048 tokens."""
+    if decay == 0:
+        return SHARES, ROW
+    return DECAY_SHARES, LONG_ROW if step % LONG_EVERY == 0 else ROW
+
+
+def make_model(end: int, turn: int) -> Qwen3MoeForCausalLM:
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_experts=32,
+        num_experts_per_tok=4,
+        moe_intermediate_size=64,
+        norm_topk_prob=True,
+        tie_word_embeddings=True,
+        max_position_embeddings=LONG_ROW,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        bos_token_id=None,
+        eos_token_id=[end, turn],
+        pad_token_id=end,
+    )
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(config)
+    install(model)
+    return model
+
+
+@click.command()
+@click.option("--data", type=click.Path(path_type=Path), default=Path("../shared/data"), show_default=True)
+@click.option("--work", type=click.Path(path_type=Path), default=Path("runs/mini"), show_default=True)
+@click.option("--tokens", type=int, default=14_000_000, show_default=True, help="Tokens to train on.")
+@click.option("--minutes", type=float, help="End after this many minutes, as far as that is.")
+@click.option("--threads", type=int, default=2, show_default=True)
+def main(data: Path, work: Path, tokens: int, minutes: float | None, threads: int) -> None:
+    """Train the mini model: prepare what is not there, then train or continue."""
+    torch.set_num_threads(threads)
+    prepare(data, work)
+    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
+    end, turn = tokenizer.convert_tokens_to_ids([END, TURN])
+    deadline = time.time() + 60 * minutes if minutes else None
+    settings = Settings(tokens=tokens, deadline=deadline)
+    model = make_model(end, turn)
+    result = train(model, Mixture(streams(work)), curriculum, settings, work / "checkpoints", tokenizer=tokenizer)
+    click.echo(f"{result.tokens:,} tokens in {result.step:,} steps, {'finished' if result.finished else 'stopped'}")
+
+
+if __name__ == "__main__":
+    main()
