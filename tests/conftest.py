@@ -1,0 +1,68 @@
+"""What every test gets: one thread, no network beyond this machine, tiny checkpoints made once per session."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny models are quicker so, and two cores stay usable
+
+import ipaddress
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_network() -> Iterator[None]:
+    """Any connection that leaves this machine fails at once, with the address in the message."""
+    patch = pytest.MonkeyPatch()
+    real = socket.socket.connect
+
+    def connect(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX and not _is_local(address[0]):
+            raise OSError(f"a test tried to connect to {address}: tests use this machine only")
+        real(self, address)
+
+    patch.setattr(socket.socket, "connect", connect)
+    yield
+    patch.undo()
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny("qwen3_moe", num_experts=16)`: the folder of a random checkpoint, written once per session. Do not change it."""
+    made: dict[str, Path] = {}
+
+    def make(model_type: str = "qwen3_moe", **overrides: Any) -> Path:
+        from moedge.models.tiny import make_tiny
+
+        key = f"{model_type}{sorted(overrides.items(), key=str)}"
+        if key not in made:
+            made[key] = make_tiny(model_type, tmp_path_factory.mktemp(model_type) / "model", **overrides)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def moedge_command() -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """`moedge_command("run", folder, ...)`: the command line in a process of its own."""
+
+    def call(*args: object, timeout: float = 90, **settings: Any) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "moedge", *map(str, args)]
+        settings = {"cwd": ROOT, "capture_output": True, "stdin": subprocess.DEVNULL} | settings
+        return subprocess.run(command, text=True, timeout=timeout, check=False, **settings)
+
+    return call
