@@ -181,9 +181,10 @@ def context_bytes(blueprint: Blueprint, tokens: int) -> int:
         for module in experts:
             module.forward = lambda hidden, *_, **__: hidden
         ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-        inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if blueprint.anatomy.encoder_decoder else {})
+        encoded = blueprint.anatomy.encoder_decoder
+        inputs: dict[str, Any] = {"input_ids": ids, **({"decoder_input_ids": ids} if encoded else {"use_cache": True})}
         with torch.inference_mode():
-            cache = model.eval()(**inputs, use_cache=True).past_key_values
+            cache = model.eval()(**inputs).past_key_values
     finally:
         for module in experts:
             del module.forward
