@@ -4,19 +4,17 @@ The model makes its own cache (so recurrent and sliding layers keep what they ne
 Reading goes in chunks of a fixed size, which does not depend on any memory limit: float results depend on it.
 """
 
-import inspect
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moedge.errors import ContextError, DataError, ModelError
+from moedge.runtime.forward import all_logits, continues, croppable, last_logits, vocabulary
 
-LOGITS_BYTES = 32 << 20  # logits that one chunk of `stream` may hold, as float32
+T = TypeVar("T")
 
 
 class Counters(Protocol):
@@ -74,13 +72,6 @@ def check_length(lm: Model, tokens: int, new: int = 0) -> None:
         )
 
 
-def vocabulary(model: PreTrainedModel) -> int:
-    """Ids that the model's embedding has."""
-    embedding = model.get_input_embeddings()
-    size = getattr(embedding, "num_embeddings", None)
-    return int(size) if size is not None else int(model.config.get_text_config().vocab_size)
-
-
 def check_ids(lm: Model, ids: Sequence[int]) -> None:
     """DataError when an id is outside the model's vocabulary, or there is none."""
     if not ids:
@@ -110,27 +101,26 @@ class Session:
 
     def begin(self, ids: Sequence[int]) -> Tensor:
         """Hold exactly `ids`, computing only what the cache lacks; the last position's logits [V]."""
-        for start, end in self._spans(self._rewind(ids, len(ids) - 1), len(ids), self.lm.prefill_chunk):
-            logits = self._forward(ids[start:end], keep=1)
-        return logits[-1]
+        for start, end in self._spans(self._rewind(ids, len(ids) - 1), len(ids)):
+            logits = self._forward(ids[start:end])
+        return logits
 
     def push(self, token: int) -> Tensor:
         """Append one token; its position's logits [V]."""
-        return self._forward([token], keep=1)[-1]
+        return self._forward([token])
 
     def stream(self, ids: Sequence[int], start: int = 0) -> Iterator[Tensor]:
         """Hold exactly `ids`; the logits [t, V] of positions `start` to the end, in chunks of positions in order."""
-        for at, end in self._spans(self._rewind(ids, start), start, self.lm.prefill_chunk):
-            self._forward(ids[at:end], keep=1)
-        chunk = max(1, min(self.lm.prefill_chunk, LOGITS_BYTES // (4 * vocabulary(self.lm.model))))
-        for at, end in self._spans(start, len(ids), chunk):
-            yield self._forward(ids[at:end], keep=end - at)
+        for at, end in self._spans(self._rewind(ids, start), start):
+            self._forward(ids[at:end])
+        for at, end in self._spans(start, len(ids)):
+            yield from self._append(ids[at:end], all_logits)
 
-    def _spans(self, start: int, end: int, chunk: int) -> Iterator[tuple[int, int]]:
+    def _spans(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Positions `start` to `end` in chunks, or one by one where the model cannot continue with several."""
         while start < end:
             several = end - start > 1 and (self._cache is None or continues(self.lm.model, self._cache))
-            stop = min(start + chunk, end) if several else start + 1
+            stop = min(start + self.lm.prefill_chunk, end) if several else start + 1
             yield start, stop
             start = stop
 
@@ -142,7 +132,7 @@ class Session:
         most = min(len(self.ids), last)
         common = next((at for at in range(most) if self.ids[at] != ids[at]), most)
         back = len(self.ids) - common
-        if not common or (back and not _croppable(self._cache)):
+        if not common or (back and not croppable(self._cache)):
             self.reset()
             return 0
         if back:
@@ -150,72 +140,20 @@ class Session:
             del self.ids[common:]
         return common
 
+    def _forward(self, ids: Sequence[int]) -> Tensor:
+        return self._append(ids, last_logits)
+
     @torch.inference_mode()
-    def _forward(self, ids: Sequence[int], keep: int) -> Tensor:
-        """Append `ids`; the logits [keep, V] of the last positions."""
+    def _append(self, ids: Sequence[int], forward: Callable[[PreTrainedModel, Sequence[int], Any], tuple[Any, T]]) -> T:
+        """Append `ids`; the logits that `forward` makes of them."""
         check_length(self.lm, len(self.ids) + len(ids))
         try:
-            self._cache, logits = _call(self.lm.model, ids, self._cache, keep)
+            self._cache, logits = forward(self.lm.model, ids, self._cache)
         except BaseException:  # an interrupted forward leaves layers with caches of different lengths
             self.reset()
             raise
         self.ids.extend(ids)
         return logits
-
-
-def _call(model: PreTrainedModel, ids: Sequence[int], cache: Any, keep: int) -> tuple[Any, Tensor]:
-    """One forward after `cache` (None: a new one): the cache, and the logits [keep, V] of the last positions."""
-    sparing = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    tokens = torch.tensor([list(ids)], device=model.device)
-    output = model(input_ids=tokens, past_key_values=cache, use_cache=True, return_dict=True, **sparing)
-    if output.past_key_values is None:
-        raise ModelError(f"{type(model).__name__} returned no key/value cache: it cannot be run token by token")
-    logits: Tensor = output.logits[0, -keep:]
-    return output.past_key_values, logits if sparing else logits.clone()
-
-
-_CONTINUES: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
-
-
-def continues(model: PreTrainedModel, cache: Any) -> bool:
-    """Whether the model can append several tokens at once to a cache that holds some already.
-
-    Some recurrent models (Jamba among them) silently start from an empty state then. So it is tried, once for each
-    model: if several tokens give the same logits after a changed state, the state was not looked at.
-    """
-    if not any(_recurrent_states(layer) for layer in getattr(cache, "layers", ())):
-        return True
-    if model not in _CONTINUES:
-        middle = vocabulary(model) // 2  # ordinary tokens: padding may have an embedding of zeros
-        some = [middle, middle + 1, middle + 2]
-        logits = []
-        with torch.inference_mode():
-            for change in (0, 1):
-                probe, _ = _call(model, some, None, keep=1)
-                for layer in probe.layers:
-                    for state in _recurrent_states(layer):
-                        state.add_(change)
-                logits.append(_call(model, some, probe, keep=1)[1])
-        _CONTINUES[model] = not torch.equal(logits[0], logits[1])
-    return _CONTINUES[model]
-
-
-def _recurrent_states(layer: Any) -> list[Tensor]:
-    if not isinstance(layer, LinearAttentionCacheLayerMixin):
-        return []
-    return [state for state in layer.recurrent_states.values() if state is not None]
-
-
-def _croppable(cache: Any) -> bool:
-    """Whether the end of the sequence can be taken off the cache again."""
-    return isinstance(cache, Cache) and cache.is_croppable and not any(_one_way(layer) for layer in cache.layers)
-
-
-def _one_way(layer: Any) -> bool:
-    """Recurrent states and full sliding windows have forgotten what came before."""
-    if isinstance(layer, LinearAttentionCacheLayerMixin):
-        return True
-    return bool(getattr(layer, "is_sliding", False)) and layer.get_seq_length() >= layer.sliding_window
 
 
 class EncodedSession:

@@ -1,0 +1,127 @@
+"""One forward pass of a stock causal model, in pieces: after a cache, and with its logits a few rows at a time.
+
+Knows how transformers' models are called; no sampling, no text, no memory limit.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+from moedge.errors import ModelError
+
+LOGITS_BYTES = 4 << 20  # one piece of `all_logits`, as float32; whoever reads it needs room for a few copies
+
+_CONTINUES: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Ids that the model's embedding has."""
+    embedding = model.get_input_embeddings()
+    size = getattr(embedding, "num_embeddings", None)
+    return int(size) if size is not None else int(model.config.get_text_config().vocab_size)
+
+
+def last_logits(model: PreTrainedModel, ids: Sequence[int], cache: Any) -> tuple[Any, Tensor]:
+    """Append `ids` to `cache` (None: a new one); the cache, and the last position's logits [V]."""
+    sparing = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    output = model(input_ids=_row(model, ids), past_key_values=cache, use_cache=True, return_dict=True, **sparing)
+    cache, logits = _cache_of(model, output), output.logits[0, -1]
+    return cache, logits if sparing else logits.clone()
+
+
+def all_logits(model: PreTrainedModel, ids: Sequence[int], cache: Any) -> tuple[Any, Iterator[Tensor]]:
+    """Append `ids` to `cache` (None: a new one); the cache, and the logits [t, V] of every position in pieces.
+
+    The layers run once. The model's own forward makes the logits (scaled, capped, as it does) from a few of the last
+    hidden states at a time.
+    """
+    base = model.base_model
+    if base is model:
+        raise ModelError(f"{type(model).__name__} has no body apart from its head: its logits cannot be had in pieces")
+    output = base(input_ids=_row(model, ids), past_key_values=cache, use_cache=True, return_dict=True)
+    rows = max(1, LOGITS_BYTES // (4 * vocabulary(model)))
+    pieces = (_head(model, ids[at : at + rows], output, at) for at in range(0, len(ids), rows))
+    return _cache_of(model, output), pieces
+
+
+def _head(model: PreTrainedModel, ids: Sequence[int], output: Any, start: int) -> Tensor:
+    """The model's logits [t, V] of the positions of `ids`, `start` being the first, from its body's output."""
+    hidden = output.last_hidden_state[:, start : start + len(ids)]  # [1, t, D]
+    part = type(output)(last_hidden_state=hidden)
+    with torch.inference_mode(), _standing_in(model.base_model, part):
+        logits: Tensor = model(input_ids=_row(model, ids), use_cache=False, return_dict=True).logits[0]
+    return logits
+
+
+@contextmanager
+def _standing_in(base: Any, output: Any) -> Iterator[None]:
+    """For a while, calling `base` gives `output`."""
+    own = base.__dict__.get("forward")
+    base.forward = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        del base.forward
+        if own is not None:
+            base.forward = own
+
+
+def _row(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+    return torch.tensor([list(ids)], device=model.device)  # [1, T]
+
+
+def _cache_of(model: PreTrainedModel, output: Any) -> Any:
+    if output.past_key_values is None:
+        raise ModelError(f"{type(model).__name__} returned no key/value cache: it cannot be run token by token")
+    return output.past_key_values
+
+
+def continues(model: PreTrainedModel, cache: Any) -> bool:
+    """Whether the model can append several tokens at once to a cache that holds some already.
+
+    Some recurrent models (Jamba among them) silently start from an empty state then. So it is tried, once for each
+    model: if several tokens give the same logits after a changed state, the state was not looked at.
+    """
+    if not any(_recurrent_states(layer) for layer in getattr(cache, "layers", ())):
+        return True
+    if model not in _CONTINUES:
+        middle = vocabulary(model) // 2  # ordinary tokens: padding may have an embedding of zeros
+        some = [middle, middle + 1, middle + 2]
+        logits = []
+        with torch.inference_mode():
+            for change in (0, 1):
+                probe, _ = last_logits(model, some, None)
+                for layer in probe.layers:
+                    for state in _recurrent_states(layer):
+                        state.add_(change)
+                logits.append(last_logits(model, some, probe)[1])
+        _CONTINUES[model] = not torch.equal(logits[0], logits[1])
+    return _CONTINUES[model]
+
+
+def _recurrent_states(layer: Any) -> list[Tensor]:
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        return []
+    return [state for state in layer.recurrent_states.values() if state is not None]
+
+
+def croppable(cache: Any) -> bool:
+    """Whether the end of the sequence can be taken off the cache again."""
+    return isinstance(cache, Cache) and cache.is_croppable and not any(_one_way(layer) for layer in cache.layers)
+
+
+def _one_way(layer: Any) -> bool:
+    """Recurrent states and full sliding windows have forgotten what came before.
+
+    A layer that inherits `crop` may keep more than its parent takes off (DeepSeek V4's compressed entries).
+    """
+    if isinstance(layer, LinearAttentionCacheLayerMixin) or "crop" not in vars(type(layer)):
+        return True
+    return bool(getattr(layer, "is_sliding", False)) and layer.get_seq_length() >= layer.sliding_window
