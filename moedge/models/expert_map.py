@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 )
 
 from moedge.errors import CheckpointError
-from moedge.models.anatomy import Anatomy, MoeLayer, expert_modules
+from moedge.models.anatomy import Anatomy, MoeLayer
 from moedge.models.checkpoint import ALIGNMENT, Checkpoint, TensorInfo
 
 UNRELATED = "config.json and weights do not belong together"
@@ -182,8 +182,8 @@ def _targets(model: PreTrainedModel, layer: MoeLayer) -> Iterable[tuple[int | No
     """(expert or None for all in one tensor, parameter, its full name in the model's state dict)."""
     if not layer.kind.modular:
         return [(None, name, f"{layer.experts}.{name}") for name in layer.parameters]
-    keys = expert_modules(model.get_submodule(layer.experts))
-    return [(e, name, f"{layer.experts}.{key}.{name}") for e, key in enumerate(keys) for name in layer.parameters]
+    experts = range(layer.num_experts)
+    return [(e, name, f"{layer.experts}.expert_{e}.{name}") for e in experts for name in layer.parameters]
 
 
 Found = tuple[dict[str, list[TensorInfo]], WeightConverter | None]
