@@ -62,7 +62,7 @@ class TextStream:
 
 
 class ExampleStream:
-    """Short documents, several to a row, each on its own; every epoch shuffles them. Documents longer than a row are cut.
+    """Short documents, several to a row, each on its own; every epoch shuffles them, and cuts those longer than a row.
 
     ids, weights: all documents end to end; offsets [D + 1]: where each begins.
     """

@@ -48,9 +48,7 @@ class _Experts(torch.autograd.Function):
     """Gated experts on tokens sorted by expert; the router's weight is applied to the narrow side, before `down`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         n, a = chosen.shape
         order = chosen.flatten().argsort(stable=True)  # [S]
         ends = torch.bincount(chosen.flatten(), minlength=len(gate_up)).cumsum(0).tolist()
@@ -73,7 +71,7 @@ class _Experts(torch.autograd.Function):
         return ys.index_select(0, inverse).view(n, a, -1).sum(1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         xs, gate_up, down, hidden, sigmoid, acted, ws, order, inverse = ctx.saved_tensors
         ends, a = ctx.ends, ctx.a
         dys = grad.contiguous().index_select(0, order // a)  # [S, C]

@@ -25,8 +25,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from moedge.errors import CheckpointError, DataError
 from moedge.terminal import console
 from moedge.train.data import Mixture, stack
-from moedge.train.loss import losses
+from moedge.train.loss import Losses
 from moedge.train.muon import Muon
+from moedge.train.replicas import Replicas
 
 Curriculum = Callable[[int, float], tuple[Mapping[str, float], int]]
 """(step, how far the decay is: 0 before it, 1 at the end) -> shares of the streams, tokens per row."""
@@ -46,6 +47,7 @@ class Settings:
     clip: float = 1.0
     checkpoint_seconds: float = 300.0
     deadline: float | None = None
+    workers: int = 1
 
     def __post_init__(self) -> None:
         if self.tokens <= 0 or self.batch_tokens <= 0 or not 0 <= self.decay <= 1:
@@ -92,9 +94,11 @@ def optimisers(model: Any, settings: Settings) -> list[torch.optim.Optimizer]:
         else:
             single.append(parameter)
     found: list[torch.optim.Optimizer] = []
-    groups = [{"params": fused, "split": 2}, {"params": single, "split": 1}]
-    if fused or single:
-        found.append(Muon([group for group in groups if group["params"]], lr=settings.muon_lr))
+    for worker in range(settings.workers):  # every worker updates its share of the matrices
+        groups = [{"params": fused[worker :: settings.workers], "split": 2}]
+        groups.append({"params": single[worker :: settings.workers], "split": 1})
+        if any(group["params"] for group in groups):
+            found.append(Muon([group for group in groups if group["params"]], lr=settings.muon_lr))
     if other:
         found.append(torch.optim.AdamW(other, lr=settings.adam_lr, betas=(0.9, 0.95), weight_decay=0.0))
     return found
@@ -117,6 +121,7 @@ def train(
     optims = optimisers(model, settings)
     at = resume(out, model, optims, mixture)
     model.train()
+    replicas = Replicas(model, settings.workers)
     saved, log = time.monotonic(), Log(out / "log.jsonl")
     with _interrupts() as interrupted, _progress(settings) as advance:
         while True:
@@ -124,18 +129,19 @@ def train(
             scale, decay = schedule(settings, at.tokens, end)
             if at.tokens >= end or interrupted():
                 break
-            _step(model, mixture, curriculum, settings, optims, at, (scale, decay), log)
+            _step(replicas, mixture, curriculum, settings, optims, at, (scale, decay), log)
             advance(at, end)
             if time.monotonic() - saved > settings.checkpoint_seconds:
                 save(out, model, optims, mixture, at, tokenizer)
                 saved = time.monotonic()
+    replicas.close()
     at.finished = not interrupted()
     save(out, model, optims, mixture, at, tokenizer)
     return at
 
 
 def _step(
-    model: Any,
+    replicas: Replicas,
     mixture: Mixture,
     curriculum: Curriculum,
     settings: Settings,
@@ -148,8 +154,7 @@ def _step(
     scale, decay = rates
     shares, length = curriculum(at.step, decay)
     picked = [mixture.next(shares, length) for _ in range(max(1, settings.batch_tokens // length))]
-    result = losses(model, stack([row for _, row in picked]), settings.balance)
-    result.total.backward()  # type: ignore[no-untyped-call]
+    result, means = replicas.gradients(stack([row for _, row in picked]), settings.balance)
     if not math.isfinite(result.text):
         raise DataError(f"the loss of step {at.step} is {result.text}: lower the learning rate and continue")
     for optimiser in optims:
@@ -158,11 +163,12 @@ def _step(
             group["lr"] = peak * scale
             if not isinstance(optimiser, Muon):
                 torch.nn.utils.clip_grad_norm_(group["params"], settings.clip)
-        optimiser.step()
+    replicas.map(lambda optimiser: optimiser.step(), optims)
+    for optimiser in optims:
         optimiser.zero_grad(set_to_none=True)
     at.step += 1
     at.tokens += len(picked) * length
-    log.add(at, result, [name for name, _ in picked], len(picked) * length, scale)
+    log.add(at, result, list(zip((name for name, _ in picked), means, strict=True)), len(picked) * length, scale)
 
 
 class Log:
@@ -179,12 +185,12 @@ class Log:
         self._balance = 0.0
         self._load: Any = 0.0
 
-    def add(self, at: Progressed, result: Any, names: list[str], tokens: int, scale: float) -> None:
+    def add(self, at: Progressed, result: Losses, means: list[tuple[str, float]], tokens: int, scale: float) -> None:
         self._tokens += tokens
         self._steps += 1
         self._balance += result.balance
         self._load = self._load + result.load
-        for name, value in zip(names, result.rows, strict=True):
+        for name, value in means:
             if not math.isnan(value):
                 self._streams[name].append(value)
         if self._steps < self.every:
@@ -216,7 +222,7 @@ def save(
         tokenizer.save_pretrained(part)
     state = {
         "model": model.state_dict(),
-        "optimisers": [optimiser.state_dict() for optimiser in optims],
+        "optimisers": _moments(model, optims),
         "mixture": mixture.state(),
         "progress": {"step": at.step, "tokens": at.tokens},
         "torch_rng": torch.get_rng_state(),
@@ -244,13 +250,27 @@ def resume(out: Path, model: Any, optims: list[torch.optim.Optimizer], mixture: 
     state = torch.load(found[-1] / "training.pt", weights_only=True)
     try:
         model.load_state_dict(state["model"])
-        for optimiser, saved in zip(optims, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
-    except (RuntimeError, ValueError) as error:
+        for name, kept in _moments(model, optims, all_parameters=True).items():
+            kept.update(state["optimisers"][name])
+    except (RuntimeError, KeyError) as error:
         raise CheckpointError(f"{found[-1]} is of another model: give another folder or delete it ({error})") from error
     mixture.restore(state["mixture"])
     torch.set_rng_state(state["torch_rng"])
     return Progressed(**state["progress"])
+
+
+def _moments(
+    model: Any, optims: list[torch.optim.Optimizer], all_parameters: bool = False
+) -> dict[str, dict[str, Any]]:
+    """What the optimisers keep, by parameter name: so it does not matter how the parameters are spread over them."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        names[parameter]: optimiser.state[parameter]
+        for optimiser in optims
+        for group in optimiser.param_groups
+        for parameter in group["params"]
+        if all_parameters or parameter in optimiser.state
+    }
 
 
 @contextmanager

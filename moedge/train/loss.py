@@ -17,28 +17,45 @@ from moedge.train.data import PAD_SEGMENT, Row
 
 
 @dataclass(frozen=True)
+class Part:
+    """What the forward pass of some rows of a step gives; a step's loss needs the sums of all its parts."""
+
+    nll: Tensor  # sum of weighted negative log likelihoods
+    weight: float  # sum of the weights
+    rows: list[float]  # [B] each row's mean by weight, nan where all its weights are zero
+    probs: Tensor  # [L, E] router probabilities summed over real tokens; empty without a router
+    counts: Tensor  # [L, E] choices of each expert by real tokens, no gradient
+
+
+@dataclass(frozen=True)
 class Losses:
-    """`total` is what is minimised; `rows` [B] is each row's mean loss by weight (nan where all weights are zero)."""
+    """Each part's share of the step's loss (their sum is minimised), and what is logged."""
 
-    total: Tensor
+    parts: list[Tensor]
     text: float
-    balance: float
-    rows: list[float]
-    load: Tensor  # [L, E] share of the chosen experts, of real tokens
+    balance: float  # mean over layers, 1 when balanced
+    load: Tensor  # [L, E] share of the choices
 
 
-def balance_loss(router_logits: Tensor, top_k: int, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """One layer's E * sum_e(f_e * P_e) over all tokens of the step: 1 when balanced, E when one expert takes all.
-
-    router_logits [N, E]; real [N] bool leaves padding out. f is the share of choices (no gradient), P the mean
-    probability. Returns the loss and f [E]. Source: Switch Transformers, eq. 4 to 6, over the global batch as in
-    Qiu et al. 2025 (Demons in the Detail).
-    """
-    logits = router_logits.float() if real is None else router_logits[real].float()
-    probs = logits.softmax(-1)  # [N, E]
+def router_sums(router_logits: Tensor, top_k: int, real: Tensor) -> tuple[Tensor, Tensor]:
+    """One layer's router_logits [N, E], real [N] bool -> probabilities [E], choices [E]: sums over real tokens."""
+    logits = router_logits[real].float()
     chosen = logits.topk(top_k, dim=-1).indices  # [N, A]
-    load = torch.bincount(chosen.flatten(), minlength=logits.shape[-1]).to(probs.dtype) / chosen.numel()
-    return logits.shape[-1] * (load * probs.mean(0)).sum(), load
+    counts = torch.bincount(chosen.flatten(), minlength=logits.shape[-1])
+    return logits.softmax(-1).sum(0), counts.float()
+
+
+def balance_terms(parts: Sequence[Part]) -> tuple[list[Tensor], Tensor]:
+    """Each part's term of sum_layers(E * sum_e(f_e * P_e)), and f [L, E].
+
+    f is the share of choices and P the mean probability, both over all parts, so balance holds for the whole step and
+    not for each sequence. One layer gives 1 when balanced and E when one expert takes all. Source: Switch
+    Transformers, eq. 4 to 6; over the global batch as in Qiu et al. 2025 (Demons in the Detail).
+    """
+    counts = torch.stack([part.counts for part in parts]).sum(0)
+    load = counts / counts.sum(-1, keepdim=True)
+    tokens = torch.stack([part.probs.detach() for part in parts]).sum((0, 2))  # [L]: probabilities sum to 1 a token
+    return [load.shape[-1] * (load * part.probs / tokens[:, None]).sum() for part in parts], load
 
 
 def attention_inputs(segments: np.ndarray[Any, Any]) -> dict[str, Tensor]:
@@ -54,26 +71,31 @@ def attention_inputs(segments: np.ndarray[Any, Any]) -> dict[str, Tensor]:
     return {"attention_mask": same & causal, "position_ids": torch.from_numpy(columns - starts)}
 
 
-def losses(model: Any, batch: Row, balance: float) -> Losses:
-    """Forward pass of one step: `batch` is stacked rows [B, T], `balance` the weight of the balance loss per layer."""
+def forward(model: Any, batch: Row, routed: bool) -> Part:
+    """Forward pass of stacked rows [B, T]."""
     ids = torch.from_numpy(batch.ids)
     weights = torch.from_numpy(batch.weights)[:, 1:]  # [B, T-1]
     extra = attention_inputs(batch.segments)
-    routed = balance > 0
     output = model.base_model(input_ids=ids, use_cache=False, **extra, output_router_logits=routed)
     row, column = (weights > 0).nonzero(as_tuple=True)
     logits = model.get_output_embeddings()(output.last_hidden_state[row, column])  # [S, V]
     each = functional.cross_entropy(logits.float(), ids[row, column + 1], reduction="none") * weights[row, column]
-    text = each.sum() / weights.sum()
-    total = text
-    loads: Sequence[Tensor] = []
-    penalty = 0.0
+    sums = torch.zeros(len(ids)).index_add_(0, row, each.detach())
+    probs = counts = torch.empty(0)
     if routed:
         real = torch.from_numpy(batch.segments != PAD_SEGMENT).flatten()
-        layers = [balance_loss(router, model.config.num_experts_per_tok, real) for router in output.router_logits]
-        loads = [load for _, load in layers]
-        total = total + balance * sum(loss for loss, _ in layers)
-        penalty = float(sum(loss.detach() for loss, _ in layers)) / len(layers)
-    sums = torch.zeros(len(ids)).index_add_(0, row, each.detach().float())
-    means = (sums / weights.sum(1)).tolist()
-    return Losses(total, float(text.detach()), penalty, means, torch.stack(list(loads)) if routed else torch.empty(0))
+        layers = [router_sums(router, model.config.num_experts_per_tok, real) for router in output.router_logits]
+        probs, counts = (torch.stack(each_layer) for each_layer in zip(*layers, strict=True))
+    return Part(each.sum(), float(weights.sum()), (sums / weights.sum(1)).tolist(), probs, counts)
+
+
+def combine(parts: Sequence[Part], balance: float) -> Losses:
+    """The step's loss from the forward passes of its rows; `balance` is the weight of the balance loss of a layer."""
+    weight = sum(part.weight for part in parts)
+    totals = [part.nll / weight for part in parts]
+    text = sum(float(total.detach()) for total in totals)
+    if not balance:
+        return Losses(totals, text, 0.0, torch.empty(0))
+    terms, load = balance_terms(parts)
+    totals = [total + balance * term for total, term in zip(totals, terms, strict=True)]
+    return Losses(totals, text, sum(float(term.detach()) for term in terms) / len(load), load)

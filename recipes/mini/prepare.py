@@ -35,10 +35,10 @@ REVIEW_SAMPLE = 400_000
 def make_tokenizer(data: Path, texts: dict[str, sources.Split]) -> PreTrainedTokenizerFast:
     """Byte-level BPE; every digit is a token, so that arithmetic has columns."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=[END, USER, ASSISTANT, SYSTEM, TURN],
@@ -46,7 +46,7 @@ def make_tokenizer(data: Path, texts: dict[str, sources.Split]) -> PreTrainedTok
         show_progress=False,
     )
     tokenizer.train_from_iterator(_sample(data, texts), trainer)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         eos_token=END,
         pad_token=END,
@@ -112,7 +112,8 @@ def prepare(data: Path, out: Path) -> None:
         console.print(f"{name}: {len(ids):,} tokens, {size / len(ids):.2f} bytes a token")
     for name, task in tasks.training(data, texts).items():
         arrays = _examples(tokenizer, name, task)
-        np.savez(out / f"streams/task-{name}.npz", **arrays)
+        ids, weights, offsets = arrays["ids"], arrays["weights"], arrays["offsets"]
+        np.savez(out / f"streams/task-{name}.npz", ids=ids, weights=weights, offsets=offsets)
         console.print(f"{name}: {len(task.records):,} examples, {len(arrays['ids']):,} tokens")
     (out / "streams/done").touch()
 

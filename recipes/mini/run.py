@@ -48,7 +48,7 @@ def curriculum(step: int, decay: float) -> tuple[Mapping[str, float], int]:
 
 
 def make_model(end: int, turn: int) -> Qwen3MoeForCausalLM:
-    config = Qwen3MoeConfig(
+    config = Qwen3MoeConfig(  # type: ignore[call-arg]
         vocab_size=VOCABULARY,
         hidden_size=256,
         intermediate_size=512,
@@ -78,15 +78,15 @@ def make_model(end: int, turn: int) -> Qwen3MoeForCausalLM:
 @click.option("--work", type=click.Path(path_type=Path), default=Path("runs/mini"), show_default=True)
 @click.option("--tokens", type=int, default=14_000_000, show_default=True, help="Tokens to train on.")
 @click.option("--minutes", type=float, help="End after this many minutes, as far as that is.")
-@click.option("--threads", type=int, default=2, show_default=True)
-def main(data: Path, work: Path, tokens: int, minutes: float | None, threads: int) -> None:
+@click.option("--workers", type=int, default=2, show_default=True, help="Cores to train on.")
+def main(data: Path, work: Path, tokens: int, minutes: float | None, workers: int) -> None:
     """Train the mini model: prepare what is not there, then train or continue."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # each worker is a thread
     prepare(data, work)
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
-    end, turn = tokenizer.convert_tokens_to_ids([END, TURN])
+    end, turn = (tokenizer.convert_tokens_to_ids(token) for token in (END, TURN))
     deadline = time.time() + 60 * minutes if minutes else None
-    settings = Settings(tokens=tokens, deadline=deadline)
+    settings = Settings(tokens=tokens, deadline=deadline, workers=workers)
     model = make_model(end, turn)
     result = train(model, Mixture(streams(work)), curriculum, settings, work / "checkpoints", tokenizer=tokenizer)
     click.echo(f"{result.tokens:,} tokens in {result.step:,} steps, {'finished' if result.finished else 'stopped'}")

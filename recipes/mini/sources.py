@@ -88,7 +88,8 @@ def encyclopaedia(data: Path) -> Split:
 
 def code() -> Split:
     root = Path(sysconfig.get_paths()["stdlib"])
-    train, held_out = [], []
+    train: list[str] = []
+    held_out: list[str] = []
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
         if CODE_LEFT_OUT & set(name.parts) or not 500 < path.stat().st_size < 120_000:

@@ -1,0 +1,230 @@
+"""Measures a trained mini model on what was held out: `python -m recipes.mini.evaluate CHECKPOINT --out FILE.json`.
+
+Bits per byte of each domain, accuracy of each task, and what the routers do. Stock transformers only, so that the
+figures do not rest on the runtime they are later compared with. Legend: B rows, T tokens, L layers, E experts,
+A experts a token, D domains.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moedge.measure.templates import TEMPLATES, Example
+from moedge.terminal import console
+from recipes.mini import sources, tasks
+
+Array = NDArray[np.float64]
+
+
+def windows(ids: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Pieces of at most `size` tokens that share one token, so that every token but the first is predicted once."""
+    for start in range(0, max(1, len(ids) - 1), size - 1):
+        yield list(ids[start : start + size])
+
+
+@torch.no_grad()
+def bits_per_byte(model: Any, tokenizer: Any, text: str, size: int) -> float:
+    """Of the whole text, read in pieces of `size` tokens without memory of the piece before."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    nll = 0.0
+    for piece in windows(ids, size):
+        tokens = torch.tensor([piece])
+        logits = model(tokens, use_cache=False).logits[0, :-1].float()
+        nll += float(functional.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
+    return nll / math.log(2) / len(text.encode())
+
+
+@torch.no_grad()
+def _batches(model: Any, rows: list[tuple[list[int], int]], size: int = 64) -> Iterator[tuple[int, float]]:
+    """(place, mean log likelihood of the tokens from `start`) of every (ids, start); rows of like length together."""
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place][0]))
+    for at in range(0, len(order), size):
+        places = order[at : at + size]
+        longest = max(len(rows[place][0]) for place in places)
+        ids = torch.zeros(len(places), longest, dtype=torch.long)  # padding stands after, so causal needs no mask
+        for line, place in enumerate(places):
+            ids[line, : len(rows[place][0])] = torch.tensor(rows[place][0])
+        logs = model(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        logs = logs.gather(-1, ids[:, 1:, None]).squeeze(-1)  # [B, T-1]
+        for line, place in enumerate(places):
+            tokens, start = rows[place]
+            yield place, float(logs[line, start - 1 : len(tokens) - 1].mean())
+
+
+def chosen(model: Any, tokenizer: Any, examples: Sequence[Example]) -> list[str]:
+    """For every example the choice with the highest mean log likelihood of its tokens."""
+    rows: list[tuple[list[int], int]] = []
+    owners: list[tuple[int, str]] = []
+    prompts = tokenizer([example.prompt for example in examples], add_special_tokens=False)["input_ids"]
+    for number, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
+        for choice in example.choices or ():
+            rows.append((prompt + tokenizer(choice, add_special_tokens=False)["input_ids"], len(prompt)))
+            owners.append((number, choice))
+    best: dict[int, tuple[float, str]] = {}
+    for place, score in _batches(model, rows):
+        number, choice = owners[place]
+        best[number] = max(best.get(number, (-math.inf, "")), (score, choice))
+    return [best[number][1] for number in range(len(examples))]
+
+
+@torch.no_grad()
+def written(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int = 8) -> list[str]:
+    """Greedy continuations up to the end of the document; prompts of one length run together."""
+    encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    found = [""] * len(encoded)
+    stops = set(model.generation_config.eos_token_id)
+    for length in sorted({len(ids) for ids in encoded}):
+        places = [place for place, ids in enumerate(encoded) if len(ids) == length]
+        for at in range(0, len(places), 256):
+            some = places[at : at + 256]
+            out = model.generate(
+                torch.tensor([encoded[place] for place in some]), max_new_tokens=new_tokens, do_sample=False
+            )
+            for place, ids in zip(some, out[:, length:].tolist(), strict=True):
+                end = next((index for index, token in enumerate(ids) if token in stops), len(ids))
+                found[place] = tokenizer.decode(ids[:end])
+    return found
+
+
+def accuracy(model: Any, tokenizer: Any, task: str, records: Sequence[Mapping[str, Any]], chat: bool = False) -> float:
+    examples = [TEMPLATES[task](record) for record in records]
+    if chat:
+        examples = [
+            Example(_turn(tokenizer, tasks.ASKS[task].format(**record)), example.choices, example.answer)
+            for record, example in zip(records, examples, strict=True)
+        ]
+    if examples[0].choices is None:
+        answers = written(model, tokenizer, [example.prompt for example in examples])
+        return float(np.mean([a.strip() == e.answer.strip() for a, e in zip(answers, examples, strict=True)]))
+    answers = chosen(model, tokenizer, examples)
+    return float(np.mean([a == e.answer for a, e in zip(answers, examples, strict=True)]))
+
+
+def _turn(tokenizer: Any, question: str) -> str:
+    messages = [{"role": "user", "content": question}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+@torch.no_grad()
+def routing(model: Any, tokenizer: Any, texts: Mapping[str, Sequence[str]], tokens: int) -> dict[str, Array]:
+    """Router mass by domain: [L, E], the weights of the chosen experts summed over about `tokens` tokens, to sum 1."""
+    found = {}
+    for name, documents in texts.items():
+        mass, seen = np.zeros((model.config.num_hidden_layers, model.config.num_experts)), 0
+        for document in documents:
+            ids = tokenizer(document, add_special_tokens=False)["input_ids"][:512]
+            if len(ids) < 2:
+                continue
+            output = model.base_model(torch.tensor([ids]), use_cache=False, output_router_logits=True)
+            for layer, logits in enumerate(output.router_logits):
+                weights, experts = logits.float().softmax(-1).topk(model.config.num_experts_per_tok)  # [T, A]
+                weights = weights / weights.sum(-1, keepdim=True)
+                mass[layer] += np.bincount(
+                    experts.flatten().numpy(), weights.flatten().double().numpy(), minlength=mass.shape[1]
+                )
+            seen += len(ids)
+            if seen >= tokens:
+                break
+        found[name] = mass / mass.sum(-1, keepdims=True)
+    return found
+
+
+def best_half(mass: Array) -> Array:
+    """[L, E] to [L]: the share of the router mass that the best half of the experts carries."""
+    half: Array = np.sort(mass, axis=-1)[:, mass.shape[-1] // 2 :].sum(-1)
+    return half
+
+
+def information(masses: Mapping[str, Array]) -> Array:
+    """[L]: mutual information of expert and domain in bits, every domain as likely as the next."""
+    given = np.stack(list(masses.values()))  # [D, L, E]
+    overall = given.mean(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = np.where(given > 0, given * np.log2(given / overall), 0.0)
+    bits: Array = terms.sum(-1).mean(0)
+    return bits
+
+
+def router_report(model: Any, tokenizer: Any, texts: Mapping[str, Sequence[str]], tokens: int) -> dict[str, Any]:
+    masses = routing(model, tokenizer, texts, tokens)
+    overall = np.stack(list(masses.values())).mean(0)  # [L, E]
+    even = overall.shape[1]
+    return {
+        "best_half": {name: best_half(mass).round(4).tolist() for name, mass in masses.items()},
+        "mutual_information_bits": information(masses).round(4).tolist(),
+        "load_over_even": {
+            "min": (overall.min(-1) * even).round(3).tolist(),
+            "max": (overall.max(-1) * even).round(3).tolist(),
+        },
+        "dead_experts": int((overall * even < 0.01).sum()),
+    }
+
+
+def documents_of(name: str, records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Task documents as the router sees them: prompt and answer."""
+    examples = [TEMPLATES[name](record) for record in records]
+    return [example.prompt + example.answer for example in examples]
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path, exists=True))
+@click.option("--data", type=click.Path(path_type=Path), default=Path("../shared/data"), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Where the figures go, as JSON.")
+@click.option("--size", type=int, multiple=True, default=[512, 2048], help="Tokens of a window, may be repeated.")
+@click.option("--bytes", "budget", type=int, default=300_000, show_default=True, help="Bytes of text a domain.")
+@click.option("--records", type=int, default=10**9, help="At most so many records a task.")
+@click.option("--threads", type=int, default=2, show_default=True)
+def main(checkpoint: Path, data: Path, out: Path, size: list[int], budget: int, records: int, threads: int) -> None:
+    """Evaluate CHECKPOINT and write the figures to --out."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model.eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    texts = sources.texts(data)
+    held: dict[str, list[Any]] = tasks.held_out(data, texts)
+    rng = np.random.default_rng(0)
+    held = {name: [lines[i] for i in rng.permutation(len(lines))[:records]] for name, lines in held.items()}
+    result: dict[str, Any] = {"bits_per_byte": {}, "accuracy": {}, "records": {}}
+    for name, lines in held.items():
+        result["accuracy"][name] = round(accuracy(model, tokenizer, name, lines), 4)
+        result["records"][name] = len(lines)
+        console.print(f"{name}: {result['accuracy'][name]:.1%} of {len(lines)}")
+    whole = [record for record in held["sst2"] if len(str(record["sentence"]).split()) >= 10]
+    result["accuracy"]["sst2, 10 words or more"] = round(accuracy(model, tokenizer, "sst2", whole), 4)
+    result["records"]["sst2, 10 words or more"] = len(whole)
+    for name, lines in held.items():
+        result["accuracy"][f"{name}, asked in chat"] = round(
+            accuracy(model, tokenizer, name, lines[:500], chat=True), 4
+        )
+        result["records"][f"{name}, asked in chat"] = len(lines[:500])
+    for name, split in texts.items():
+        parts = split.held_out if name == "novel" else ["\n\n".join(split.held_out)]
+        share = budget // len(parts)
+        found = {
+            str(tokens): float(np.mean([bits_per_byte(model, tokenizer, part[:share], tokens) for part in parts]))
+            for tokens in size
+        }
+        result["bits_per_byte"][name] = {key: round(value, 4) for key, value in found.items()}
+        console.print(f"{name}: {found} bits per byte")
+    seen = {name: [d for whole in split.held_out for d in _pieces(whole)] for name, split in texts.items()}
+    seen |= {name: documents_of(name, lines) for name, lines in held.items()}
+    result["router"] = router_report(model, tokenizer, seen, 20_000)
+    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _pieces(document: str, size: int = 1500) -> list[str]:
+    return [document[start : start + size] for start in range(0, len(document), size)]
+
+
+if __name__ == "__main__":
+    main()
