@@ -2,14 +2,13 @@
 
     python benchmarks/make_olmoe.py [FOLDER] [--layers 16] [--experts 64] ...
 
-One shard of two layers is in memory at a time. The weights are random: speeds are real, the text is noise. Attention is
-sharpened so that greedy text does not fall into a loop, which would make every cache look perfect: with the default seed
-41 of 64 greedy tokens differ, and a per-layer LRU of 16 of 64 experts hits 54% (51% at a quarter of the experts is
-reported for OLMoE itself). `--plain` leaves that out, as stock initialisation does.
+One shard of two layers is in memory at a time. The weights are random: speeds are real, the text is noise. Attention
+is sharpened so that greedy text does not fall into a loop, which would make every cache look perfect: with the default
+seed 41 of 64 greedy tokens differ, and a per-layer LRU of 16 of 64 experts hits 54% (51% at a quarter of the experts is
+reported for OLMoE itself). `--plain` leaves that out.
 """
 
 import json
-import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 import click
 import torch
+from report import default_folder
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import OlmoeConfig, PreTrainedTokenizerFast
@@ -118,11 +118,6 @@ def make(folder: Path, shape: Shape) -> int:
     shape.config().save_pretrained(folder)
     _tokenizer(shape.vocabulary).save_pretrained(folder)
     return total
-
-
-def default_folder() -> Path:
-    """$MOEDGE_BENCH_DIR/olmoe-3.4gb, or the same under /tmp."""
-    return Path(os.environ.get("MOEDGE_BENCH_DIR", "/tmp")) / "olmoe-3.4gb"
 
 
 @click.command()

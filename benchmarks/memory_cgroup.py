@@ -18,7 +18,7 @@ V2 = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Run:
-    """What a child did: exit status (negative: the signal), output, wall seconds, and the kernel's own memory figures in bytes."""
+    """What a child did: exit status (negative: the signal), output, wall seconds; memory in bytes, by the kernel."""
 
     status: int
     stdout: str
@@ -133,7 +133,7 @@ def drop_caches() -> None:
 
 @contextlib.contextmanager
 def readahead(folder: Path, kib: int) -> Iterator[int | None]:
-    """Set the readahead of the disk that holds `folder`, yield what is now in force (None: not settable), restore it."""
+    """Set the readahead of `folder`'s disk, yield what is now in force (None: not settable), restore it."""
     device = os.stat(folder).st_dev
     setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
     if not setting.exists():

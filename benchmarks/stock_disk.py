@@ -2,8 +2,8 @@
 
     python benchmarks/stock_disk.py FOLDER --offload-folder F [--resident-layers 0] [--tokens 64] [--prompt TEXT]
 
-Experts of all but the first `resident-layers` layers are on "disk"; everything else is on the CPU. Times start before the
-first import, as a user would see them.
+Experts of all but the first `resident-layers` layers are on "disk"; everything else is on the CPU. Times start before
+the first import, as a user would see them.
 """
 
 import time

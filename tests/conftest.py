@@ -42,7 +42,7 @@ def _is_local(host: str) -> bool:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`tiny("qwen3_moe", num_experts=16)`: the folder of a random checkpoint, written once per session. Do not change it."""
+    """`tiny("qwen3_moe", num_experts=16)`: folder of a random checkpoint, made once per session; do not change it."""
     made: dict[str, Path] = {}
 
     def make(model_type: str = "qwen3_moe", **overrides: Any) -> Path:

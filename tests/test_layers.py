@@ -1,4 +1,4 @@
-"""The house rules of the project, held by walking the source: import order, sizes, names, docstrings, forbidden text."""
+"""The rules of the house, held by walking the source: import order, sizes, names, docstrings, forbidden text."""
 
 import ast
 import re
