@@ -5,7 +5,6 @@ and has no experts in it; a quantizer hook lets the caller take the expert param
 Knows how a model is made; what runs in place of the experts is the caller's.
 """
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -167,15 +166,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bar and load report away: moedge reports itself."""
-    log, hub = logging.getLogger("transformers.modeling_utils"), cast(Any, transformers.utils.logging)
-    level, bars = log.level, hub.is_progress_bar_enabled()
-    log.setLevel(logging.ERROR)
+    """Keep transformers' progress bar and remarks on missing experts away: moedge reports itself."""
+    hub = cast(Any, transformers.utils.logging)
+    level, bars = hub.get_verbosity(), hub.is_progress_bar_enabled()
+    hub.set_verbosity_error()
     hub.disable_progress_bar()
     try:
         yield
     finally:
-        log.setLevel(level)
+        hub.set_verbosity(level)
         if bars:
             hub.enable_progress_bar()
 
