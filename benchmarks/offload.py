@@ -101,8 +101,8 @@ def measure(bench: Bench, limit: int, pairs: int) -> tuple[list[dict[str, Any]],
             stock_limit = smallest_limit(bench, stock_limit, 2 * sum(f.stat().st_size for f in shards(bench.folder)))
             run, theirs = bench.stock(stock_limit)
         rows.append(row("stock", stock_limit, run, theirs))
-        same.append(bool(ours) and ours["text"] == reference["text"] and ours["tokens"] == reference["tokens"])
-        stock_same.append(bool(ours) and ours["tokens"] == theirs.get("tokens"))
+        same.append(bool(ours) and ours["token_ids"] == reference.get("token_ids"))
+        stock_same.append(bool(ours) and ours["token_ids"] == theirs.get("token_ids"))
         if ours and theirs:
             ratios.append(ours["tokens_per_second"] / theirs["tokens_per_second"])
     return rows, {
