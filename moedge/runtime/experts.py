@@ -4,18 +4,20 @@ Results are bit-equal to eager at equal input shapes: each expert sees its token
 added in expert-index order whatever the order in which the experts arrived. Knows hidden states and experts, no disk.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moedge.errors import ModelError
-from moedge.models.anatomy import Anatomy, expert_modules
+from moedge.models.anatomy import Anatomy, MoeLayer, expert_modules
 from moedge.runtime.store import ExpertStore, Parameters
 
+Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 IMPLEMENTATION = "moedge"  # the name in transformers' registry of experts implementations
 
 
@@ -28,11 +30,19 @@ def experts_forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor)
 
 
 class ExpertSource:
-    """One layer's view of the store. `closed` after LM.close: using the model then is an error, not a crash."""
+    """One layer's view of the store, which it has not after LM.close: using the model then is an error, not a crash."""
 
-    def __init__(self, store: ExpertStore, layer: int, num_experts: int) -> None:
-        self.store: ExpertStore | None = store
-        self._layer, self._num_experts = layer, num_experts
+    def __init__(self, layer: MoeLayer) -> None:
+        self.store: ExpertStore | None = None
+        self._layer, self._num_experts, self._shapes = layer.index, layer.num_experts, layer.parameters
+        self._sum_dtypes: dict[tuple[torch.dtype, torch.dtype], torch.dtype] = {}
+
+    def sum_dtype(self, module: Any, hidden: Tensor, weights: Tensor) -> torch.dtype:
+        """In which dtype the eager forward adds its experts' outputs: Nemotron-H and Inkling 2 take float32."""
+        key = hidden.dtype, weights.dtype
+        if key not in self._sum_dtypes:
+            self._sum_dtypes[key] = _eager_sum_dtype(module, self._num_experts, self._shapes, hidden, weights)
+        return self._sum_dtypes[key]
 
     def fetch(self, index: Tensor, weights: Tensor | None) -> Iterator[tuple[int, Parameters]]:
         """The experts that `index` ([T, k]) names, each once; ids beyond the layer's experts mean "none"."""
@@ -46,10 +56,12 @@ def _distinct(index: Tensor, weights: Tensor | None, num_experts: int) -> tuple[
     """The distinct experts of `index` in ascending order and the router weight that each carries over all tokens."""
     if weights is None:
         return [e for e in torch.unique(index).tolist() if e < num_experts], None
-    if len(index) == 1:  # decode: a token's experts are distinct already
-        pairs = sorted(zip(index[0].tolist(), weights[0].tolist(), strict=True))
-        kept = [(expert, weight) for expert, weight in pairs if expert < num_experts]
-        return [expert for expert, _ in kept], [weight for _, weight in kept]
+    if len(index) == 1:  # decode; a table from token to experts (DeepSeek V4) may name one twice
+        of_expert: dict[int, float] = {}
+        for expert, weight in sorted(zip(index[0].tolist(), weights[0].tolist(), strict=True)):
+            if expert < num_experts:
+                of_expert[expert] = of_expert.get(expert, 0.0) + weight
+        return list(of_expert), list(of_expert.values())
     mass = torch.zeros(int(index.max()) + 1, dtype=torch.float32)
     mass.index_add_(0, index.reshape(-1).long(), weights.reshape(-1).float())
     experts = [e for e in torch.unique(index).tolist() if e < num_experts]
@@ -68,11 +80,36 @@ def _mix(module: Any, source: ExpertSource, hidden: Tensor, index: Tensor, weigh
     for expert, parameters in source.fetch(index, weights):
         position, token = _rows(index, expert)
         done[expert] = token, _weighted(module, parameters, hidden[token], weights[token, position, None])
-    out = torch.zeros_like(hidden)
+    out = torch.zeros_like(hidden, dtype=source.sum_dtype(module, hidden, weights))
     for expert in sorted(done):
         token, value = done[expert]
         out.index_add_(0, token, value.to(out.dtype))
-    return out
+    return out.to(hidden.dtype)
+
+
+def _eager_sum_dtype(module: Any, num_experts: int, shapes: Shapes, hidden: Tensor, weights: Tensor) -> torch.dtype:
+    """Run the eager forward on one token, with zeros that take no memory for weights, and see in what it adds."""
+    for name, (shape, dtype) in shapes.items():
+        setattr(module, name, torch.zeros((), dtype=dtype).expand(num_experts, *shape))
+    try:
+        with torch.no_grad(), _SeeSum() as seen:
+            index = torch.zeros(1, weights.shape[1], dtype=torch.long)
+            type(module).forward.__wrapped__(module, torch.zeros_like(hidden[:1]), index, torch.zeros_like(weights[:1]))
+    finally:
+        for name in shapes:
+            delattr(module, name)
+    return seen.dtype or hidden.dtype
+
+
+class _SeeSum(TorchFunctionMode):
+    """Notes the dtype of the tensor that index_add_ adds to."""
+
+    dtype: torch.dtype | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.index_add_:
+            self.dtype = args[0].dtype
+        return func(*args, **(kwargs or {}))
 
 
 def _weighted(module: Any, parameters: Parameters, x: Tensor, weight: Tensor) -> Tensor:
@@ -168,7 +205,7 @@ def take_out_experts(model: nn.Module, anatomy: Anatomy) -> list[ExpertSource]:
     sources = []
     for layer in anatomy.layers:
         module: Any = model.get_submodule(layer.experts)
-        source = ExpertSource(None, layer.index, layer.num_experts)  # type: ignore[arg-type]
+        source = ExpertSource(layer)
         sources.append(source)
         if layer.kind.modular:
             for expert, (name, skeleton) in enumerate(expert_modules(module).items()):
