@@ -1,0 +1,43 @@
+"""What every verb that runs a model shares: the options of loading it, and loading it with progress shown."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from moedge.runtime.policy import POLICIES
+from moedge.terminal import SIZE, console
+
+if TYPE_CHECKING:
+    from moedge.runtime.lm import LM
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_OPTIONS = (
+    click.option("--memory", type=SIZE, help="Limit for the whole process, such as 600MiB. Without it: no limit."),
+    click.option("--context", type=click.IntRange(1), help="Tokens reserved for a sequence (with a limit: 2048)."),
+    click.option("--parallel", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once."),
+    click.option("--dtype", help="fp32, bf16 or fp16; by default the checkpoint's own."),
+    click.option("--policy", type=click.Choice(list(POLICIES)), default="default", help="What the cache keeps."),
+    click.option("--prefill-chunk", type=click.IntRange(1), default=512, show_default=True, help="Read at once."),
+)  # fmt: skip
+NAMES = ("memory", "context", "parallel", "dtype", "policy", "prefill_chunk")
+
+
+def load_options(command: F) -> F:
+    """Adds the options of `moedge.load` to a verb; their values come under NAMES."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+@contextmanager
+def opened(model: str, options: dict[str, Any]) -> Iterator["LM"]:
+    """The loaded model, closed at the end. Takes NAMES from `options`, what else is there it leaves alone."""
+    with console.status(f"loading {model}"):
+        from moedge.runtime.lm import load
+
+        lm = load(model, **{name: options[name] for name in NAMES})
+    with lm:
+        yield lm
