@@ -14,29 +14,19 @@ from moedge.train.loop import Settings, train
 from recipes.mini.prepare import END, TURN, VOCABULARY, prepare, streams
 
 SHARES = {
-    "novel": 0.34,
-    "biomedicine": 0.25,
-    "encyclopaedia": 0.05,
-    "code": 0.05,
+    "novel": 0.285,
+    "biomedicine": 0.205,
+    "encyclopaedia": 0.04,
+    "code": 0.04,
     "languages": 0.03,
     "play": 0.02,
-    "mathematics": 0.03,
-    "sst2": 0.11,
-    "language": 0.02,
-    "arithmetic": 0.08,
+    "mathematics": 0.02,
+    "sst2": 0.13,
+    "language": 0.03,
+    "arithmetic": 0.18,
     "kind": 0.02,
 }
-DECAY_SHARES = SHARES | {
-    "novel": 0.29,
-    "biomedicine": 0.21,
-    "encyclopaedia": 0.04,
-    "play": 0.015,
-    "sst2": 0.09,
-    "sst2-long": 0.09,
-    "language": 0.03,
-    "arithmetic": 0.11,
-    "kind": 0.025,
-}
+DECAY_SHARES = SHARES | {"sst2": 0.08, "sst2-long": 0.08}
 ROW, LONG_ROW, LONG_EVERY = 512, 2048, 6
 
 

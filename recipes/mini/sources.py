@@ -163,6 +163,8 @@ def passages(documents: Iterable[str], seed: int, count: int, low: int = 60, hig
     """`count` pieces of `low` to `high` characters that begin and end between words."""
     rng = random.Random(seed)
     pool = [document for document in documents if len(document) > 2 * low]
+    if not pool:
+        raise DataError(f"no document is longer than {2 * low} characters: passages need longer ones")
     sizes = [len(document) for document in pool]
     found: list[str] = []
     while len(found) < count:

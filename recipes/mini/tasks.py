@@ -37,12 +37,12 @@ def held_out_pair(a: int, b: int) -> bool:
 
 
 def sums(count: int, seed: int) -> list[dict[str, Any]]:
-    """Pairs that may be learnt: half additions; differences of either sign."""
+    """Pairs that may be learnt: half additions; differences of either sign; one in eight has single digits."""
     rng = random.Random(seed)
     found: list[dict[str, Any]] = []
     while len(found) < count:
-        low = 10 if rng.random() < 0.9 else 0
-        a, b = rng.randint(low, 99), rng.randint(low, 99)
+        low, high = (0, 9) if rng.random() < 0.12 else (10, 99)
+        a, b = rng.randint(low, high), rng.randint(low, high)
         if not held_out_pair(a, b):
             found.append({"a": a, "b": b, "op": rng.choice("+-")})
     return found
@@ -88,7 +88,7 @@ def training(data: Path, texts: dict[str, sources.Split]) -> dict[str, Task]:
         "sst2": Task(0.1, 16.0, reviews),
         "sst2-long": Task(0.1, 16.0, long),
         "language": Task(0.3, 8.0, language_records(data, held_out=False)),
-        "arithmetic": Task(0.0, 4.0, sums(100_000, seed=3)),
+        "arithmetic": Task(0.0, 8.0, sums(200_000, seed=3)),
         "kind": Task(0.5, 8.0, kind_records(texts, held_out=False, each=2000)),
     }
 
