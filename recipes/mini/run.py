@@ -14,17 +14,17 @@ from moedge.train.loop import Settings, train
 from recipes.mini.prepare import END, TURN, VOCABULARY, prepare, streams
 
 SHARES = {
-    "novel": 0.285,
-    "biomedicine": 0.205,
+    "novel": 0.27,
+    "biomedicine": 0.195,
     "encyclopaedia": 0.04,
     "code": 0.04,
     "languages": 0.03,
     "play": 0.02,
     "mathematics": 0.02,
     "sst2": 0.13,
-    "language": 0.03,
+    "language": 0.06,
     "arithmetic": 0.18,
-    "kind": 0.02,
+    "kind": 0.015,
 }
 DECAY_SHARES = SHARES | {"sst2": 0.08, "sst2-long": 0.08}
 ROW, LONG_ROW, LONG_EVERY = 512, 2048, 6

@@ -87,7 +87,7 @@ def training(data: Path, texts: dict[str, sources.Split]) -> dict[str, Task]:
     return {
         "sst2": Task(0.1, 16.0, reviews),
         "sst2-long": Task(0.1, 16.0, long),
-        "language": Task(0.3, 8.0, language_records(data, held_out=False)),
+        "language": Task(0.3, 16.0, language_records(data, held_out=False)),
         "arithmetic": Task(0.0, 8.0, sums(200_000, seed=3)),
         "kind": Task(0.5, 8.0, kind_records(texts, held_out=False, each=2000)),
     }
