@@ -65,7 +65,7 @@ def test_the_rows_add_up_to_the_limit(blueprint: Blueprint, slots: int) -> None:
 
 def test_a_limit_below_the_minimum_names_need_and_remedy(blueprint: Blueprint) -> None:
     with pytest.raises(
-        MemoryLimitError, match="needs .* to hold one layer's 2 experts, --memory 50 MiB leaves 0 B"
+        MemoryLimitError, match=r"needs .* to hold one layer's 2 experts, --memory 50 MiB leaves 0 B"
     ) as e:
         make_plan(blueprint, limit=parse_size("50MiB"))
     assert "give at least" in str(e.value)
