@@ -88,7 +88,8 @@ def _examples(tokenizer: Any, name: str, task: tasks.Task) -> dict[str, np.ndarr
     for (_, _, chat), prompt, answer in zip(forms, prompts, answers, strict=True):
         before, after = ([user, *prompt, turn, assistant], turn) if chat else (prompt, end)
         ids += [*before, *answer, after]
-        weights += [task.prompt_weight] * len(before) + [task.answer_weight] * len(answer) + [stop]
+        last = task.answer_weight if task.last_weight is None else task.last_weight
+        weights += [task.prompt_weight] * len(before) + [task.answer_weight] * (len(answer) - 1) + [last, stop]
         offsets.append(len(ids))
     return {
         "ids": np.array(ids, np.uint16),

@@ -26,7 +26,13 @@ SHARES = {
     "arithmetic": 0.18,
     "kind": 0.015,
 }
-DECAY_SHARES = SHARES | {"sst2": 0.08, "sst2-long": 0.08}
+DECAY_SHARES = SHARES | {
+    "novel": 0.23,
+    "biomedicine": 0.17,
+    "sst2": 0.09,
+    "sst2-long": 0.08,
+    "arithmetic": 0.24,
+}
 ROW, LONG_ROW, LONG_EVERY = 512, 2048, 6
 
 
@@ -74,7 +80,7 @@ def main(data: Path, work: Path, tokens: int, minutes: float | None, workers: in
     torch.set_num_threads(1)  # each worker is a thread
     prepare(data, work)
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
-    end, turn = (tokenizer.convert_tokens_to_ids(token) for token in (END, TURN))
+    end, turn = (tokenizer.get_vocab()[token] for token in (END, TURN))
     deadline = time.time() + 60 * minutes if minutes else None
     settings = Settings(tokens=tokens, deadline=deadline, workers=workers)
     model = make_model(end, turn)

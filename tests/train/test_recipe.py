@@ -87,7 +87,7 @@ def test_prepared_examples_weigh_answers_and_come_in_both_forms(
     weights = row.weights[row.segments == place]
     answer = len(tokenizer(" 75")["input_ids"]) + 1
     assert (weights[:-answer] == 0).all()
-    assert (weights[-answer:] == 8.0).all()
+    assert weights[-answer:].tolist() == [4.0] * (answer - 2) + [24.0, 4.0]
     turn = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     )
