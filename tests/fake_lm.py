@@ -1,5 +1,6 @@
 """The fake at the seam: a stock tiny transformers model with a tokenizer of its own and counters that count calls."""
 
+import copy
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -103,6 +104,14 @@ def tokenizer(vocabulary: int = 320) -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>", pad_token="<pad>")
     fast.chat_template = CHAT
     return fast
+
+
+def without(words: Any, **changes: Any) -> Any:
+    """A copy of a tokenizer with other attributes."""
+    words = copy.deepcopy(words)
+    for name, value in changes.items():
+        setattr(words, name, value)
+    return words
 
 
 @dataclass

@@ -1,12 +1,11 @@
 """Answers as Steps: the tokens of stock generate, text without gaps, stops, context, and the cache across turns."""
 
-import copy
 import time
 from typing import Any
 
 import pytest
 import torch
-from fake_lm import SHAPES, FakeLM, tiny_lm
+from fake_lm import SHAPES, FakeLM, tiny_lm, without
 
 from moedge.errors import CheckpointError, ContextError, DataError
 from moedge.runtime.generate import Step, generate, logits_in_chunks, prompt_ids
@@ -133,16 +132,9 @@ def test_prompts_are_text_ids_or_messages() -> None:
 
 def test_chat_without_a_template_is_an_error() -> None:
     lm = tiny_lm()
-    lm.tokenizer = _without(lm.tokenizer, chat_template=None)
+    lm.tokenizer = without(lm.tokenizer, chat_template=None)
     with pytest.raises(DataError, match="no chat template"):
         generate(lm, [{"role": "user", "content": "sea"}])
-
-
-def _without(words: Any, **changes: Any) -> Any:
-    words = copy.deepcopy(words)
-    for name, value in changes.items():
-        setattr(words, name, value)
-    return words
 
 
 @pytest.mark.parametrize("empty", ["", [], ()])
@@ -150,7 +142,7 @@ def test_an_empty_prompt_begins_a_text_or_is_an_error(empty: Any) -> None:
     lm = tiny_lm()
     with pytest.raises(DataError, match="prompt is empty"):
         generate(lm, empty)
-    lm.tokenizer = _without(lm.tokenizer, bos_token="<bos>")
+    lm.tokenizer = without(lm.tokenizer, bos_token="<bos>")
     assert tokens(generate(lm, empty, 3)) == tokens(generate(lm, [1], 3))
 
 
