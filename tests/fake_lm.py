@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 CORPUS = [
@@ -112,6 +113,15 @@ def without(words: Any, **changes: Any) -> Any:
     for name, value in changes.items():
         setattr(words, name, value)
     return words
+
+
+def with_bos(lm: "FakeLM") -> "FakeLM":
+    """The tokenizer puts <bos> before every text, as Llama's does."""
+    words = without(lm.tokenizer, bos_token="<bos>")
+    assert isinstance(words, PreTrainedTokenizerFast)
+    words.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    lm.tokenizer = words
+    return lm
 
 
 @dataclass

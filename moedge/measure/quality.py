@@ -10,7 +10,6 @@ Legend: t positions of one piece of logits, V vocabulary.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from moedge.errors import DataError
 from moedge.runtime.generate import logits_in_chunks
 from moedge.runtime.session import Model, Session, context_of
 
-DOCUMENT = 1 << 16  # characters
 DEFAULT_WINDOW = 2048  # tokens
 
 
@@ -57,23 +55,6 @@ class Window:
 
     ids: tuple[int, ...]
     nbytes: float
-
-
-def read_documents(path: str | Path, size: int = DOCUMENT) -> Iterator[str]:
-    """The text of a file in documents of about `size` characters, cut after a line where there is one."""
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            kept, length = [], 0
-            while line := file.readline(size):
-                kept.append(line)
-                length += len(line)
-                if length >= size:
-                    yield "".join(kept)
-                    kept, length = [], 0
-            if kept:
-                yield "".join(kept)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error.reason}): convert it first") from error
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:

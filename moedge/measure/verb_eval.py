@@ -81,7 +81,8 @@ def command(model: str, reference: str | None, as_json: bool, **options: Any) ->
 
 
 def _windows(lm: "Model", file: Path, options: dict[str, Any]) -> "Iterator[Window]":
-    from moedge.measure.quality import read_documents, window_size, windows
+    from moedge.measure.quality import window_size, windows
+    from moedge.runtime.texts import read_documents
 
     return windows(lm, read_documents(file), window_size(lm, options["window"]), options["max_tokens"])
 

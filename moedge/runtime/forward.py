@@ -10,7 +10,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
@@ -55,22 +55,34 @@ def _head(model: PreTrainedModel, ids: Sequence[int], output: Any, start: int) -
     """The model's logits [t, V] of the positions of `ids`, `start` being the first, from its body's output."""
     hidden = output.last_hidden_state[:, start : start + len(ids)]  # [1, t, D]
     part = type(output)(last_hidden_state=hidden)
-    with torch.inference_mode(), _standing_in(model.base_model, part):
+    with torch.inference_mode(), _standing_in(model, part):
         logits: Tensor = model(input_ids=_row(model, ids), use_cache=False, return_dict=True).logits[0]
     return logits
 
 
+class _Finished(nn.Module):
+    """Stands in for a model's body: gives its output at once, runs no hooks, and is the body in all else."""
+
+    def __init__(self, body: nn.Module, output: Any) -> None:
+        super().__init__()
+        self.__dict__.update(_body=body, _output=output)
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return self.__dict__["_output"]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_body"], name)
+
+
 @contextmanager
-def _standing_in(base: Any, output: Any) -> Iterator[None]:
-    """For a while, calling `base` gives `output`."""
-    own = base.__dict__.get("forward")
-    base.forward = lambda *_, **__: output
+def _standing_in(model: PreTrainedModel, output: Any) -> Iterator[None]:
+    """For a while, the model's body gives `output`."""
+    name, body = model.base_model_prefix, model.base_model
+    model._modules[name] = _Finished(body, output)
     try:
         yield
     finally:
-        del base.forward
-        if own is not None:
-            base.forward = own
+        model._modules[name] = body
 
 
 def _row(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:

@@ -116,10 +116,14 @@ class Session:
         for at, end in self._spans(start, len(ids)):
             yield from self._append(ids[at:end], all_logits)
 
+    def continues(self) -> bool:
+        """Whether several tokens can be read at once from here on. The first time, that may have to be tried."""
+        return self._cache is None or continues(self.lm.model, self._cache)
+
     def _spans(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Positions `start` to `end` in chunks, or one by one where the model cannot continue with several."""
         while start < end:
-            several = end - start > 1 and (self._cache is None or continues(self.lm.model, self._cache))
+            several = end - start > 1 and self.continues()
             stop = min(start + self.lm.prefill_chunk, end) if several else start + 1
             yield start, stop
             start = stop

@@ -1,23 +1,20 @@
 """Perplexity and bits per byte against the definition, on windows, documents and tokenizers with and without BOS."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fake_lm import FakeLM, tiny_lm, without
+from fake_lm import FakeLM, tiny_lm, tokenizer, with_bos, without
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
-from transformers import PreTrainedTokenizerFast
 
 from moedge.errors import DataError, ModelError
 from moedge.measure.quality import (
     TextScore,
     Window,
     beginning,
-    read_documents,
     score_windows,
     target_logprobs,
     window_nats,
@@ -33,17 +30,6 @@ def naive_nats(lm: FakeLM, ids: tuple[int, ...]) -> float:
     with torch.inference_mode():
         logits = lm.model(torch.tensor([ids])).logits[0, :-1].float()
     return float(functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum"))
-
-
-def with_bos(lm: FakeLM) -> FakeLM:
-    """The tokenizer puts <bos> before every text, as Llama's does."""
-    from tokenizers.processors import TemplateProcessing
-
-    words = without(lm.tokenizer, bos_token="<bos>")
-    assert isinstance(words, PreTrainedTokenizerFast)
-    words.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    lm.tokenizer = words
-    return lm
 
 
 def last(steps: Any) -> TextScore:
@@ -89,8 +75,6 @@ def test_every_token_but_each_documents_first_is_predicted_once(size: int, texts
 
 def tiny_lm_words() -> FakeLM:
     """Only the tokenizer is looked at."""
-    from fake_lm import tokenizer
-
     return FakeLM(None, tokenizer())
 
 
@@ -174,25 +158,6 @@ def test_encoder_decoders_do_not_predict_texts() -> None:
 
 def test_an_empty_score_divides_by_nothing() -> None:
     assert TextScore().as_dict() == {"bits_per_byte": None, "perplexity": None, "tokens": 0, "bytes": 0}
-
-
-def test_documents_end_with_lines_and_lose_nothing(tmp_path: Path) -> None:
-    text = "".join(f"line {number} ü\r\n" for number in range(50)) + "x" * 70 + "\nend"
-    file = tmp_path / "text"
-    file.write_bytes(text.encode())
-    parts = list(read_documents(file, 60))
-    assert "".join(parts) == text
-    assert all(part.endswith("\n") or len(part) >= 60 for part in parts[:-1])
-    assert max(map(len, parts)) < 60 + 60
-    assert list(read_documents(file)) == [text]
-    file.write_bytes(b"")
-    assert list(read_documents(file)) == []
-
-
-def test_a_text_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"abc\xff")
-    with pytest.raises(DataError, match="x is not UTF-8"):
-        list(read_documents(tmp_path / "x"))
 
 
 def test_the_window_is_the_context_but_at_most_2048() -> None:

@@ -85,6 +85,28 @@ def test_logits_of_a_large_vocabulary_come_in_smaller_chunks(monkeypatch: pytest
     assert close(torch.cat(parts), whole(lm, IDS))
 
 
+def test_pieces_of_logits_run_the_layers_once_and_leave_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny_lm()
+    monkeypatch.setattr(forward, "LOGITS_BYTES", 4 * 320 * 3)
+    body, passes = lm.model.model, []
+    body.register_forward_hook(lambda *_: passes.append(1))
+    assert len(list(Session(lm).stream(IDS))) == 12
+    assert passes == [1]
+    assert lm.model.model is body
+    assert list(dict(lm.model.named_children())) == ["model", "lm_head"]
+
+
+def test_a_fault_in_the_head_leaves_the_model_as_it_was() -> None:
+    lm = tiny_lm()
+    body = lm.model.model
+    hook = lm.model.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(Session(lm).stream(IDS))
+    hook.remove()
+    assert lm.model.model is body
+    assert close(torch.cat(list(Session(lm).stream(IDS))), whole(lm, IDS))
+
+
 def test_a_model_that_cannot_continue_with_several_tokens_gets_them_one_by_one() -> None:
     jamba = tiny_lm("jamba")
     session = Session(jamba)
