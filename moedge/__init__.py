@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from moedge.models.anatomy import Anatomy as Anatomy
     from moedge.models.anatomy import dissect as dissect
     from moedge.models.tiny import make_tiny as make_tiny
+    from moedge.models.trace import RoutingTrace as RoutingTrace
     from moedge.runtime.budget import Plan as Plan
     from moedge.runtime.generate import Step as Step
     from moedge.runtime.lm import LM as LM
@@ -21,6 +22,7 @@ _EXPORTS = {  # public name -> the module it is imported from at first use, so t
     "LM": "moedge.runtime.lm",
     "POLICIES": "moedge.runtime.policy",
     "Plan": "moedge.runtime.budget",
+    "RoutingTrace": "moedge.models.trace",
     "Sampling": "moedge.runtime.sampling",
     "Step": "moedge.runtime.generate",
     "dissect": "moedge.models.anatomy",
