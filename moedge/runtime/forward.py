@@ -36,8 +36,8 @@ def last_logits(model: PreTrainedModel, ids: Sequence[int], cache: Any) -> tuple
     return cache, logits if sparing else logits.clone()
 
 
-def all_logits(model: PreTrainedModel, ids: Sequence[int], cache: Any) -> tuple[Any, Iterator[Tensor]]:
-    """Append `ids` to `cache` (None: a new one); the cache, and the logits [t, V] of every position in pieces.
+def all_logits(model: PreTrainedModel, ids: Sequence[int], cache: Any, first: int = 0) -> tuple[Any, Iterator[Tensor]]:
+    """Append `ids` to `cache` (None: a new one); the cache, and the logits [t, V] of `ids[first:]` in pieces.
 
     The layers run once. The model's own forward makes the logits (scaled, capped, as it does) from a few of the last
     hidden states at a time.
@@ -47,7 +47,7 @@ def all_logits(model: PreTrainedModel, ids: Sequence[int], cache: Any) -> tuple[
         raise ModelError(f"{type(model).__name__} has no body apart from its head: its logits cannot be had in pieces")
     output = base(input_ids=_row(model, ids), past_key_values=cache, use_cache=True, return_dict=True)
     rows = max(1, LOGITS_BYTES // (4 * vocabulary(model)))
-    pieces = (_head(model, ids[at : at + rows], output, at) for at in range(0, len(ids), rows))
+    pieces = (_head(model, ids[at : at + rows], output, at) for at in range(first, len(ids), rows))
     return _cache_of(model, output), pieces
 
 

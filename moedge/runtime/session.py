@@ -5,6 +5,7 @@ Reading goes in chunks of a fixed size, which does not depend on any memory limi
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -102,19 +103,17 @@ class Session:
     def begin(self, ids: Sequence[int]) -> Tensor:
         """Hold exactly `ids`, computing only what the cache lacks; the last position's logits [V]."""
         for start, end in self._spans(self._rewind(ids, len(ids) - 1), len(ids)):
-            logits = self._forward(ids[start:end])
+            logits = self._append(ids[start:end], last_logits)
         return logits
 
     def push(self, token: int) -> Tensor:
         """Append one token; its position's logits [V]."""
-        return self._forward([token])
+        return self._append([token], last_logits)
 
     def stream(self, ids: Sequence[int], start: int = 0) -> Iterator[Tensor]:
         """Hold exactly `ids`; the logits [t, V] of positions `start` to the end, in chunks of positions in order."""
-        for at, end in self._spans(self._rewind(ids, start), start):
-            self._forward(ids[at:end])
-        for at, end in self._spans(start, len(ids)):
-            yield from self._append(ids[at:end], all_logits)
+        for at, end in self._spans(self._rewind(ids, start), len(ids)):
+            yield from self._append(ids[at:end], partial(all_logits, first=max(0, start - at)))
 
     def continues(self) -> bool:
         """Whether several tokens can be read at once from here on. The first time, that may have to be tried."""
@@ -143,9 +142,6 @@ class Session:
             self._cache.crop(-back)
             del self.ids[common:]
         return common
-
-    def _forward(self, ids: Sequence[int]) -> Tensor:
-        return self._append(ids, last_logits)
 
     @torch.inference_mode()
     def _append(self, ids: Sequence[int], forward: Callable[[PreTrainedModel, Sequence[int], Any], tuple[Any, T]]) -> T:

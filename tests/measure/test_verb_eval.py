@@ -158,6 +158,7 @@ def test_ctrl_c_leaves_the_partial_result(
     assert Opened.opened == 0
 
 
+@pytest.mark.timeout(400)
 def test_in_a_process_of_its_own(
     tiny: Callable[..., Path],
     moedge_command: Callable[..., "subprocess.CompletedProcess[str]"],

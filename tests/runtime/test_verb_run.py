@@ -263,6 +263,7 @@ def test_models_without_a_conversation_continue_each_line(
     assert told(lm, ["sea", "sea"], capsys) == f"{once}\n{once}\n"
 
 
+@pytest.mark.timeout(400)
 def test_in_a_process_of_its_own(
     tiny: Callable[..., Path], moedge_command: Callable[..., "subprocess.CompletedProcess[str]"]
 ) -> None:

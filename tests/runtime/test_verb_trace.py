@@ -68,10 +68,10 @@ def test_lines_are_sequences_with_the_routers_choices(
 
 def test_texts_are_cut_into_sequences(opened: Callable[..., Opened], texts: Path, tmp_path: Path) -> None:
     lm = opened()
-    result = run(texts, tmp_path / "t.npz", "--tokens", "10", "--limit", "4")
+    result = run(texts, tmp_path / "t.npz", "--tokens", "6", "--limit", "3")
     trace = RoutingTrace.load(tmp_path / "t.npz")
-    assert np.diff(trace.offsets).tolist() == [10] * 4
-    assert "40 tokens in 4 sequences, 2 layers, top 2" in result.stdout
+    assert np.diff(trace.offsets).tolist() == [6] * 3
+    assert "18 tokens in 3 sequences, 2 layers, top 2" in result.stdout
     total = len(lm.tokenizer(texts.read_text())["input_ids"])
     run(texts, tmp_path / "t.npz")
     assert RoutingTrace.load(tmp_path / "t.npz").offsets.tolist() == [0, total]
