@@ -71,7 +71,7 @@ def draw(folder: Path, dtype: str | torch.dtype | None = None) -> Blueprint:
     `dtype` None takes the checkpoint's own. Raises ModelError for a model that moedge cannot run (dense, multimodal
     only, quantised), CheckpointError for files that are missing or damaged.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     quantised = getattr(config, "quantization_config", None) or getattr(
         text_config(config), "quantization_config", None
     )
@@ -93,7 +93,8 @@ def draw(folder: Path, dtype: str | torch.dtype | None = None) -> Blueprint:
         raise
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
+def read_config(folder: Path) -> PretrainedConfig:
+    """The checkpoint's config. Raises CheckpointError without one, ModelError for one transformers does not read."""
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} has no config.json: name the folder of a Hugging Face checkpoint")
     try:

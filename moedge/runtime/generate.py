@@ -66,28 +66,30 @@ def generate(
 
 
 def prompt_ids(lm: Model, prompt: Prompt) -> list[int]:
-    """Token ids of a text (with the tokenizer's own special tokens), of chat messages by the template, or as given."""
-    if not isinstance(prompt, str):
-        first = next(iter(prompt), None)
-        if isinstance(first, Mapping):
-            return prompt_ids_of_chat(lm, prompt)  # type: ignore[arg-type]
-        ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+    """Token ids of a prompt, checked against the model's vocabulary. DataError when it is empty."""
+    if prompt and not isinstance(prompt, str) and not isinstance(prompt[0], Mapping):
+        ids = [int(token) for token in prompt]  # type: ignore[arg-type]  # ids need no tokenizer
     else:
-        ids = list(lm.tokenizer(prompt, verbose=False)["input_ids"]) if prompt else []
-    if not ids and lm.tokenizer.bos_token_id is not None:
-        ids = [int(lm.tokenizer.bos_token_id)]
+        ids = encode(lm.tokenizer, prompt)  # type: ignore[arg-type]
     check_ids(lm, ids)
     return ids
 
 
-def prompt_ids_of_chat(lm: Model, messages: Sequence[Mapping[str, str]]) -> list[int]:
+def encode(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of a text, with the tokenizer's own special tokens, or of a chat by its template."""
+    if prompt and not isinstance(prompt, str):
+        return _encode_chat(tokenizer, prompt)
+    ids = list(tokenizer(prompt, verbose=False)["input_ids"]) if prompt else []
+    bos = tokenizer.bos_token_id
+    return [int(bos)] if not ids and bos is not None else ids
+
+
+def _encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """Token ids of a chat up to where the assistant's answer begins. DataError without a chat template."""
-    if not lm.tokenizer.chat_template:
+    if not tokenizer.chat_template:
         raise DataError("the tokenizer has no chat template, so it cannot chat: give the prompt as one text")
-    text = lm.tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True)
-    ids = list(lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    check_ids(lm, ids)
-    return ids
+    text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def end_tokens(lm: Model) -> frozenset[int]:

@@ -16,7 +16,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _OPTIONS = (
     click.option("--memory", type=SIZE, help="Limit for the whole process, such as 600MiB. Without it: no limit."),
-    click.option("--context", type=click.IntRange(1), help="Tokens reserved for a sequence (with a limit: 2048)."),
+    click.option("--context", type=click.IntRange(1), help="Tokens reserved. Default: 2048; one answer: its own need."),
     click.option("--parallel", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once."),
     click.option("--dtype", help="fp32, bf16 or fp16; by default the checkpoint's own."),
     click.option("--policy", type=click.Choice(list(POLICIES)), default="default", help="What the cache keeps."),

@@ -55,15 +55,18 @@ def command(model: str, prompt: str | None, file: Path | None, chat: bool, as_js
     terminal = prompt is None and file is None and sys.stdin.isatty()
     if terminal and as_json:
         raise click.UsageError("--json needs a prompt: give -p, -f or standard input")
-    text = "" if terminal else _prompt(prompt, file)
+    message: Any = "" if terminal else _prompt(prompt, file)
+    if chat or system:
+        told = [{"role": "system", "content": system}] if system else []
+        message = [*told, {"role": "user", "content": message}]
+    if options["memory"] is not None and options["context"] is None and not terminal:
+        options["context"] = _needed_context(model, message, options["max_new_tokens"])
     with opened(model, options) as lm:
         if terminal:
             from moedge.runtime.chat import Chat
 
             converse(Chat(lm, system, **settings))
         else:
-            messages = [{"role": "system", "content": system}] if system else []
-            message = [*messages, {"role": "user", "content": text}] if chat or system else text
             answer(lm, message, settings, as_json)
 
 
@@ -75,6 +78,21 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
         return (file.read_text(encoding="utf-8") if file is not None else sys.stdin.read()).removesuffix("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{file or 'standard input'} is not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _needed_context(model: str, message: Any, new: int) -> int | None:
+    """Tokens of the prompt and its longest answer: what one answer needs to reserve. None leaves it to `load`."""
+    from moedge.models.hub import resolve
+    from moedge.models.load import load_tokenizer, read_config
+    from moedge.runtime.generate import encode
+
+    folder = resolve(model)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        return None
+    needed = len(encode(tokenizer, message)) + new
+    longest = getattr(read_config(folder).get_text_config(decoder=True), "max_position_embeddings", None)
+    return needed if longest is None else min(needed, longest)
 
 
 def answer(lm: "LM", prompt: Any, settings: dict[str, Any], as_json: bool) -> None:
