@@ -67,7 +67,7 @@ def generate(
 
 def prompt_ids(lm: Model, prompt: Prompt) -> list[int]:
     """Token ids of a prompt, checked against the model's vocabulary. DataError when it is empty."""
-    if prompt and not isinstance(prompt, str) and not isinstance(prompt[0], Mapping):
+    if len(prompt) and not isinstance(prompt, str) and not isinstance(prompt[0], Mapping):
         ids = [int(token) for token in prompt]  # type: ignore[arg-type]  # ids need no tokenizer
     else:
         ids = encode(lm.tokenizer, prompt)  # type: ignore[arg-type]
