@@ -5,11 +5,17 @@ cache of one layer holds the resident set. An event is the distinct experts of o
 one layer. The offline optimum (Belady) needs the future and lives in replay.py.
 """
 
+import math
+from array import array
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-AGEING_HALF_LIFE = 64.0  # events after which a use counts half
+HALF_LIFE = 16.0  # events after which a use counts half; 8 to 32 measure alike (benchmarks/policies.py)
+WINDOW = 1024  # Recall remembers between one and two windows of events
+NEIGHBOURS = 8  # past moments that Recall consults
+REACH = 4  # events that make up the near future of a moment, at most
+RECALL_WEIGHT = 0.7  # of their mean vote beside the rate of use; 0.5 to 1 measure alike
 _LARGE = 2.0**512  # rescale decayed counts before a double overflows
 _RECENCY_BITS = 40  # below a count, so that equal counts are ranked by their last use
 
@@ -49,11 +55,24 @@ class LayerCache:
         self.policy = policy
         self.resident: set[int] = set()
 
-    def access(self, experts: Sequence[int], weights: Sequence[float] | None = None) -> Access:
-        """Uses the distinct `experts`; returns hits, misses (both in the order given) and the experts dropped after."""
+    def access(
+        self,
+        experts: Sequence[int],
+        weights: Sequence[float] | None = None,
+        tokens: Iterable[Sequence[int]] | None = None,
+    ) -> Access:
+        """Uses the distinct `experts`; returns hits, misses (both in the order given) and the experts dropped after.
+
+        For a chunk, `tokens` may give the distinct experts of each of its tokens, in order: then the policy learns from
+        every token and not from the chunk as a whole.
+        """
         resident = self.resident
         misses = [e for e in experts if e not in resident]
-        self.policy.used(experts, weights)
+        if tokens is None:
+            self.policy.used(experts, weights)
+        else:
+            for token in tokens:
+                self.policy.used(token, None)
         if not misses:
             return Access(tuple(experts), (), ())
         hits = [e for e in experts if e in resident]
@@ -110,21 +129,26 @@ class AgeingLfu:
     overflows.
     """
 
-    def __init__(self, num_experts: int, capacity: int, half_life: float = AGEING_HALF_LIFE) -> None:
-        self._growth = 2.0 ** (1.0 / half_life)
+    def __init__(self, num_experts: int, capacity: int, half_life: float = HALF_LIFE) -> None:
+        self._growth = math.exp2(1.0 / half_life)
         self._weight = 1.0
-        self._score = [0.0] * num_experts
+        self.score = [0.0] * num_experts
 
     def used(self, experts: Sequence[int], weights: Sequence[float] | None) -> None:
         self._weight *= self._growth
         if self._weight > _LARGE:
-            self._score = [score / self._weight for score in self._score]
+            self.score = [score / self._weight for score in self.score]
             self._weight = 1.0
         for expert in experts:
-            self._score[expert] += self._weight
+            self.score[expert] += self._weight
 
     def evict(self, resident: Collection[int], count: int) -> list[int]:
-        return _lowest(resident, count, self._score)
+        return _lowest(resident, count, self.score)
+
+    @property
+    def per_event(self) -> float:
+        """Times a score: uses per event over about the last half-life, 0 to 1."""
+        return (1.0 - 1.0 / self._growth) / self._weight
 
 
 class Lfru:
@@ -170,18 +194,128 @@ class Pinned:
         return self._recency.evict(loose, count)
 
 
+class Recall:
+    """Least likely to be used soon goes: by its recent rate of use, plus what followed the most similar past moments.
+
+    Text repeats itself and so does its routing: this is a nearest-neighbour forecast, learnt while running. A moment's
+    likeness to now is twice the experts that the two events share, plus those that the events before them share. Up to
+    NEIGHBOURS moments vote, those most like now; each step less of likeness halves a vote, three void it. A vote counts
+    the uses in the next capacity/k events after the moment (about as long as a slot is kept), and half those in as many
+    events again, k being the experts of an event.
+
+    Likeness is counted for all moments at once: per expert one integer has bit t set when moment t used it, and these
+    are added up bit-sliced. With nothing to recall the ranking is AgeingLfu's. The last WINDOW to twice as many moments
+    are kept, about 0.1 MB per layer.
+    """
+
+    def __init__(self, num_experts: int, capacity: int) -> None:
+        self._num_experts = num_experts
+        self._capacity = capacity
+        self._rate = AgeingLfu(num_experts, capacity)
+        self._uses = array("H")  # the experts of all moments, one moment after the other
+        self._starts = array("L", [0])  # where in it each moment starts, and where the next one will
+        self._marks = [0] * num_experts  # bit t: moment t used the expert
+        self._in_moment = False  # whether the last event is the last moment
+
+    def used(self, experts: Sequence[int], weights: Sequence[float] | None) -> None:
+        self._rate.used(experts, weights)
+        self._in_moment = 2 * len(experts) <= self._num_experts  # else a chunk of tokens, like everything and nothing
+        if not self._in_moment:
+            return
+        marks, now = self._marks, len(self._starts) - 1
+        if now == 2 * WINDOW:
+            now, cut = WINDOW, self._starts[WINDOW]
+            del self._uses[:cut]
+            self._starts = array("L", [start - cut for start in self._starts[WINDOW:]])
+            marks[:] = [mark >> WINDOW for mark in marks]
+        for expert in experts:
+            marks[expert] |= 1 << now
+        self._uses.extend(experts)
+        self._starts.append(len(self._uses))
+
+    def evict(self, resident: Collection[int], count: int) -> list[int]:
+        rate = self._rate.score
+        votes, total = self._votes() if self._in_moment else ([], 0)
+        if not total:
+            return _lowest(resident, count, rate)
+        share = RECALL_WEIGHT / total / self._rate.per_event
+        score = {expert: rate[expert] + share * votes[expert] for expert in resident}
+        return sorted(score, key=score.__getitem__)[:count]
+
+    def _votes(self) -> tuple[list[int], int]:
+        """Votes for each expert, and how many would mean a use in every event."""
+        uses, starts = self._uses, self._starts
+        now = len(starts) - 2
+        reach = min(REACH, max(1, round(self._capacity / (starts[now + 1] - starts[now]))))
+        votes, total = [0] * self._num_experts, 0
+        neighbours = self._neighbours(now)
+        for moment, likeness in neighbours:
+            weight = 4 >> (neighbours[0][1] - likeness)
+            if not weight:
+                break
+            after = starts[moment + 1]
+            near, far = starts[min(moment + 1 + reach, now + 1)], starts[min(moment + 1 + 2 * reach, now + 1)]
+            for expert in uses[after:near]:
+                votes[expert] += 2 * weight
+            for expert in uses[near:far]:
+                votes[expert] += weight
+            total += 2 * weight
+        return votes, total
+
+    def _neighbours(self, now: int) -> list[tuple[int, int]]:
+        """The past moments most like moment `now`, and their likeness; the more recent first among equals."""
+        uses, starts, marks = self._uses, self._starts, self._marks
+        digits: list[int] = []  # bit t of digits[i] is bit i of moment t's likeness
+        for expert in uses[starts[now - 1] : starts[now]] if now else ():
+            _add(digits, marks[expert] << 1, 0)
+        for expert in uses[starts[now] :]:
+            _add(digits, marks[expert], 1)
+        found: list[tuple[int, int]] = []
+        stack = [((1 << now) - 1, len(digits), 0)]  # moments alike in the digits above, digits left, likeness so far
+        while stack:
+            alike, digit, likeness = stack.pop()
+            if digit:
+                digit -= 1
+                ones = alike & digits[digit]
+                if alike != ones:
+                    stack.append((alike ^ ones, digit, likeness))
+                if ones:
+                    stack.append((ones, digit, likeness + (1 << digit)))
+                continue
+            while alike and likeness:
+                moment = alike.bit_length() - 1
+                alike ^= 1 << moment
+                found.append((moment, likeness))
+                if len(found) == NEIGHBOURS:
+                    return found
+        return found
+
+
 def _lowest(resident: Collection[int], count: int, score: Sequence[float]) -> list[int]:
     if count == 1:
         return [min(resident, key=score.__getitem__)]
     return sorted(resident, key=score.__getitem__)[:count]
 
 
+def _add(digits: list[int], carry: int, digit: int) -> None:
+    """Adds `carry` (one bit for each of many counters) at binary digit `digit` of bit-sliced counters, in place."""
+    while len(digits) < digit:
+        digits.append(0)
+    while carry:
+        if digit == len(digits):
+            digits.append(carry)
+            return
+        digits[digit], carry = digits[digit] ^ carry, digits[digit] & carry
+        digit += 1
+
+
 # name -> (experts of the layer, capacity) -> policy; docs and the command line list these keys
 POLICIES: dict[str, Callable[[int, int], Policy]] = {
-    "default": AgeingLfu,
+    "default": Recall,
     "lru": Lru,
     "lfu": Lfu,
     "ageing-lfu": AgeingLfu,
     "lfru": Lfru,
     "pinned": Pinned,
+    "recall": Recall,
 }
