@@ -86,8 +86,9 @@ def written(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int 
         places = [place for place, ids in enumerate(encoded) if len(ids) == length]
         for at in range(0, len(places), 256):
             some = places[at : at + 256]
+            ids_in = torch.tensor([encoded[place] for place in some])  # [B, T], no padding
             out = model.generate(
-                torch.tensor([encoded[place] for place in some]), max_new_tokens=new_tokens, do_sample=False
+                ids_in, attention_mask=torch.ones_like(ids_in), max_new_tokens=new_tokens, do_sample=False
             )
             for place, ids in zip(some, out[:, length:].tolist(), strict=True):
                 end = next((index for index, token in enumerate(ids) if token in stops), len(ids))

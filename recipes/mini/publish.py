@@ -68,9 +68,9 @@ subject of a MedMCQA question.
 TRAINING = """\
 {tokens:,} tokens in {steps:,} steps on two CPU cores in fp32, saved in bf16; Muon for the matrices, AdamW for the
 rest; balance of experts over the global batch of 8,192 tokens, weight 0.01 a layer. Rows of 512 tokens; in the last 22%
-of the run every sixth step has rows of {long:,}: it has seen long texts, but not many. In this run the share of
-arithmetic was raised from 8 to 18% after 4.6 M tokens and that of naming languages from 3 to 6% after 6.3 M;
-`make mini` (recipes/mini) has the later shares from the start.
+of the run every sixth step has rows of {long:,}: it has seen long texts, but not many. The shares were corrected during
+this run: arithmetic from 8 to 18% after 4.6 M tokens, with most of its weight on the last digit after 8.3 M; naming
+languages from 3 to 6% after 6.3 M. `make mini` (recipes/mini) has the later shares from the start.
 """
 MEASURED = """\
 All on data that it was not trained on: three whole novels, the last 5% of the abstracts, encyclopaedia and plays,

@@ -31,7 +31,7 @@ DECAY_SHARES = SHARES | {
     "biomedicine": 0.17,
     "sst2": 0.09,
     "sst2-long": 0.08,
-    "arithmetic": 0.24,
+    "arithmetic": 0.28,
 }
 ROW, LONG_ROW, LONG_EVERY = 512, 2048, 6
 
