@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moedge.runtime.lm import LM as LM
     from moedge.runtime.lm import load as load
     from moedge.runtime.policy import POLICIES as POLICIES
+    from moedge.runtime.replay import replay as replay
     from moedge.runtime.sampling import Sampling as Sampling
 
 _EXPORTS = {  # public name -> the module it is imported from at first use, so that `import moedge` takes no time
@@ -28,6 +29,7 @@ _EXPORTS = {  # public name -> the module it is imported from at first use, so t
     "dissect": "moedge.models.anatomy",
     "load": "moedge.runtime.lm",
     "make_tiny": "moedge.models.tiny",
+    "replay": "moedge.runtime.replay",
 }
 __all__ = ["MoedgeError", *_EXPORTS]
 

@@ -53,8 +53,8 @@ def cli() -> None:
     """Run Mixture-of-Experts language models on devices they do not fit on.
 
     \b
-    moedge plan checkpoints/mini --memory 400MiB
-    moedge run checkpoints/mini -p "The sea was" -n 64 --memory 400MiB
+    moedge plan checkpoints/mini --memory 600MiB
+    moedge run checkpoints/mini -p "The sea was" -n 64 --memory 600MiB
     """
 
 
