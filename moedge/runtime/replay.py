@@ -7,8 +7,7 @@ when it was resident before that token's layer; the cache stays warm from one se
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from itertools import product
+from itertools import product, repeat
 from multiprocessing import get_context
 from signal import SIG_IGN, SIGINT, signal
 from typing import Any
@@ -22,6 +21,8 @@ from moedge.runtime.policy import POLICIES, LayerCache, Policy
 
 ORACLE = "oracle"
 NEVER = 1 << 60  # later than any event
+
+Run = tuple[str, int]  # policy, capacity
 
 
 @dataclass(frozen=True)
@@ -101,19 +102,15 @@ def gap_closed(rows: Sequence[Row], row: Row) -> float | None:
     return (row.hit_rate - rates["lru"]) / (rates[ORACLE] - rates["lru"])
 
 
-def _results(
-    trace: RoutingTrace, tasks: Sequence[tuple[int, tuple[str, int]]], workers: int
-) -> Iterator[tuple[int, int]]:
-    arrays = [(trace.experts[:, layer], trace.probs[:, layer]) for layer, _ in tasks]
-    seen, names = trace.num_experts, [run for _, run in tasks]
-    calls = ([e for e, _ in arrays], [p for _, p in arrays], [name for name, _ in names], [c for _, c in names])
-    layer = partial(replay_layer, num_experts=seen)
+def _results(trace: RoutingTrace, tasks: Sequence[tuple[int, Run]], workers: int) -> Iterator[tuple[int, int]]:
+    layers = [(trace.experts[:, layer], trace.probs[:, layer], *run) for layer, run in tasks]
+    calls = (replay_layer, *zip(*layers, strict=True), repeat(trace.num_experts))
     if workers == 1 or len(tasks) == 1:
-        yield from map(layer, *calls)
+        yield from map(*calls)
         return
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=signal, initargs=(SIGINT, SIG_IGN))
     try:
-        yield from pool.map(layer, *calls)
+        yield from pool.map(*calls)
     finally:
         pool.shutdown(cancel_futures=True)
 

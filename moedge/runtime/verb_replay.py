@@ -1,77 +1,123 @@
-"""`moedge replay`: what eviction policies would have hit on a recorded trace."""
+"""`moedge replay`: eviction policies compared on recorded routing, without the model."""
 
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from moedge.terminal import console, json_option, print_json
 
+if TYPE_CHECKING:
+    from moedge.runtime.replay import Row
+
+PARALLEL_ACCESSES = 500_000  # below, starting processes takes longer than the replay
 EXAMPLES = """\b
 Examples:
-  moedge trace checkpoints/mini --text novel.txt -o novel.npz
-  moedge replay novel.npz --policy default,lru,oracle --capacity 8,16
-  moedge replay traces.npz --policy default --capacity 8 --sequences 90: --json
+  moedge replay trace.npz
+  moedge replay trace.npz --policy default,lru,oracle --capacity 8,16 --json
+  moedge replay trace.npz --sequences 90: --capacity 12
 """
+
+
+class Names(click.ParamType[list[str]]):
+    """Policies separated by commas."""
+
+    name = "policies"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        from moedge.runtime.policy import POLICIES
+        from moedge.runtime.replay import ORACLE
+
+        names = list(dict.fromkeys(name.strip() for name in str(value).split(",")))
+        for name in names:
+            if name not in POLICIES and name != ORACLE:
+                self.fail(f"policy {name!r} does not exist: choose {', '.join([*POLICIES, ORACLE])}", param, ctx)
+        return names
+
+
+class Capacities(click.ParamType[list[int]]):
+    """Positive numbers separated by commas."""
+
+    name = "capacities"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        parts = list(dict.fromkeys(part.strip() for part in str(value).split(",")))
+        if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+            self.fail(f"{value!r} is not a list of experts per layer: write it like 8,16", param, ctx)
+        return [int(part) for part in parts]
+
+
+class Range(click.ParamType[slice]):
+    """`A:B`, either of which may be left out, counted from 0 and B exclusive."""
+
+    name = "range"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> slice:
+        first, colon, last = str(value).partition(":")
+        if not colon or not all(end == "" or (end.isascii() and end.isdigit()) for end in (first, last)):
+            self.fail(f"{value!r} is not a range of sequences: write it like 0:90 or 90:", param, ctx)
+        return slice(int(first or 0), int(last) if last else None)
 
 
 @click.command(epilog=EXAMPLES)
 @click.argument("trace", type=click.Path(path_type=Path))
-@click.option("--policy", default="default,lru,oracle", show_default=True, help="Policies, separated by commas.")
-@click.option("--capacity", default="8,16", show_default=True, help="Experts per layer, separated by commas.")
-@click.option("--sequences", help="Only sequences A to B of the trace, written A:B.")
+@click.option("--policy", "policies", type=Names(), default="default,lru,oracle", show_default=True,
+              help="Names separated by commas; oracle is the offline optimum.")  # fmt: skip
+@click.option("--capacity", "capacities", type=Capacities(), default="8,16", show_default=True,
+              help="Experts per layer that fit, separated by commas.")  # fmt: skip
+@click.option("--sequences", type=Range(), help="Only sequences A:B of the trace.")
 @json_option
-def command(trace: Path, policy: str, capacity: str, sequences: str | None, as_json: bool) -> None:
-    """Replay TRACE.npz against caches of some sizes under some policies."""
-    from rich.progress import Progress
+def command(
+    trace: Path, policies: list[str], capacities: list[int], sequences: slice | None, as_json: bool
+) -> None:  # fmt: skip
+    """Compare eviction policies on a recorded trace: hit rate by policy and cache capacity.
 
+    TRACE is an npz file of moedge trace. One cache per layer, warm from one sequence to the next; an expert that is in
+    the cache before its token is a hit.
+    """
     from moedge.models.trace import RoutingTrace
     from moedge.runtime.replay import replay
 
-    policies = [name.strip() for name in policy.split(",") if name.strip()]
-    capacities = _numbers(capacity)
-    first, last = _range(sequences)
-    recorded = RoutingTrace.load(trace).part(first, last)
-    with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("replaying", total=None)
-        rows = replay(recorded, policies, capacities, lambda n, of: progress.update(bar, completed=n, total=of))
+    recorded = RoutingTrace.load(trace)
+    if sequences is not None:
+        recorded = recorded.part(sequences.start, sequences.stop)
+    accesses = recorded.experts.size * len(policies) * len(capacities)
+    workers = os.cpu_count() or 1 if accesses > PARALLEL_ACCESSES else 1
+    with ExitStack() as stack:
+        update = None
+        if not as_json and console.is_terminal:
+            from rich.progress import Progress
+
+            progress = stack.enter_context(Progress(console=console, transient=True))
+            task = progress.add_task("replay", total=1.0)
+
+            def update(share: float) -> None:
+                progress.update(task, completed=share)
+
+        rows = replay(recorded, policies, capacities, workers, update)
     if as_json:
-        print_json([row.as_dict() for row in rows])
+        print_json([{"policy": row.policy, "capacity": row.capacity, "hit_rate": row.hit_rate} for row in rows])
     else:
-        _print_table({(row.policy, row.capacity): row.hit_rate for row in rows}, policies, capacities)
+        _print_table(f"{trace}, {len(recorded)} tokens in {recorded.num_sequences} sequences", rows)
 
 
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",") if number.strip()]
-    except ValueError as error:
-        raise click.BadParameter(f"{text!r} is not numbers separated by commas", param_hint="--capacity") from error
-
-
-def _range(text: str | None) -> tuple[int, int | None]:
-    first, colon, last = (text or ":").partition(":")
-    try:
-        if not colon:
-            raise ValueError
-        return int(first or 0), int(last) if last else None
-    except ValueError as error:
-        raise click.BadParameter(f"{text!r} is not a range like 0:90", param_hint="--sequences") from error
-
-
-def _print_table(rates: dict[tuple[str, int], float], policies: list[str], capacities: list[int]) -> None:
-    """Hit rates, and beside them the share of the way from LRU to the oracle where both were asked for."""
+def _print_table(title: str, rows: "Sequence[Row]") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="hit rate by experts per layer (in brackets: way from lru to oracle)", title_justify="left")
-    table.add_column("policy")
-    for capacity in capacities:
-        table.add_column(str(capacity), justify="right")
-    for policy in policies:
-        table.add_row(policy, *(_cell(rates, policy, capacity) for capacity in capacities))
+    from moedge.runtime.replay import gap_closed
+
+    table = Table(title=title, title_justify="left")
+    for name in ("capacity", "policy", "hit rate", "of the way from lru to oracle"):
+        table.add_column(name, justify="left" if name == "policy" else "right")
+    capacity = None
+    for row in sorted(rows, key=lambda row: (row.capacity, row.hit_rate)):
+        if capacity not in (None, row.capacity):
+            table.add_section()
+        capacity, closed = row.capacity, gap_closed(rows, row)
+        share = "" if closed is None else f"{closed:.1%}"
+        table.add_row(str(row.capacity), row.policy, f"{row.hit_rate:.2%}", share)
     Console().print(table)
-
-
-def _cell(rates: dict[tuple[str, int], float], policy: str, capacity: int) -> str:
-    rate, low, high = (rates.get((name, capacity)) for name in (policy, "lru", "oracle"))
-    way = "" if low is None or high is None or high == low or rate is None else f" ({(rate - low) / (high - low):.0%})"
-    return f"{rate:.1%}{way}"

@@ -13,8 +13,8 @@ from click.testing import CliRunner
 
 from moedge.errors import DataError
 from moedge.models.trace import RoutingTrace
-from moedge.runtime import replay as module
-from moedge.runtime.replay import NAMES, oracle_hits, replay
+from moedge.runtime.policy import POLICIES, LayerCache
+from moedge.runtime.replay import ORACLE, Oracle, gap_closed, next_uses, replay
 from moedge.runtime.verb_replay import command
 
 
@@ -51,6 +51,11 @@ def test_lru_is_a_plain_ordered_dictionary_with_atomic_events() -> None:
     assert rate(trace, "lru", capacity) == hits / trace.experts.size
 
 
+def oracle_hits(events: list[list[int]], capacity: int) -> int:
+    cache = LayerCache(8, capacity, Oracle(8, next_uses(events)))
+    return sum(len(cache.access(event).hits) for event in events)
+
+
 def best_by_search(events: list[list[int]], capacity: int) -> int:
     @cache
     def most(at: int, resident: frozenset[int]) -> int:
@@ -72,7 +77,7 @@ def test_oracle_is_the_best_of_all_choices(seed: int) -> None:
         assert oracle_hits(events, capacity) == best_by_search(events, capacity)
 
 
-@pytest.mark.parametrize("policy", NAMES)
+@pytest.mark.parametrize("policy", [*POLICIES, ORACLE])
 def test_every_policy_lies_between_nothing_and_the_oracle(policy: str) -> None:
     trace = make_trace(400, seed=2)
     assert 0 < rate(trace, policy, 3) <= rate(trace, "oracle", 3) < 1
@@ -99,14 +104,20 @@ def test_a_global_cache_below_one_tokens_working_set_never_hits() -> None:
     assert rate(trace, "lru", 2) > 0.99
 
 
-def test_processes_give_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_give_the_same_rows_and_progress_goes_to_one() -> None:
     trace = make_trace(60)
+    seen: list[float] = []
     here = replay(trace, ["default", "lru"], [2, 3])
-    monkeypatch.setattr(module, "_WORTH_PROCESSES", 0)
-    monkeypatch.setattr(module, "cores", lambda: 2)
-    seen: list[tuple[int, int]] = []
-    assert replay(trace, ["default", "lru"], [2, 3], lambda n, of: seen.append((n, of))) == here
-    assert seen == [(n, 8) for n in range(1, 9)]
+    assert replay(trace, ["default", "lru"], [2, 3], workers=2, progress=seen.append) == here
+    assert seen == sorted(seen)
+    assert seen[-1] == 1
+
+
+def test_gap_closed_is_the_way_from_lru_to_the_oracle() -> None:
+    rows = replay(make_trace(200), ["lru", "default", "oracle"], [3])
+    low, middle, high = (row.hit_rate for row in rows)
+    assert [gap_closed(rows, row) for row in rows] == [0, pytest.approx((middle - low) / (high - low)), 1]
+    assert gap_closed(rows[:2], rows[0]) is None
 
 
 def test_absent_experts_are_no_accesses() -> None:
@@ -121,7 +132,7 @@ def test_absent_experts_are_no_accesses() -> None:
 
 @pytest.mark.parametrize(("policies", "capacities"), [(["psychic"], [2]), (["lru"], [0])])
 def test_bad_policies_and_capacities_are_named(policies: list[str], capacities: list[int]) -> None:
-    with pytest.raises(DataError, match=r"psychic|capacity 0"):
+    with pytest.raises(ValueError, match=r"psychic|capacity 0"):
         replay(make_trace(5), policies, capacities)
     with pytest.raises(DataError, match="no tokens"):
         replay(make_trace(5).part(0, 0), ["lru"], [2])
@@ -132,9 +143,8 @@ def test_command_prints_rows(tmp_path: Path) -> None:
     arguments = [str(tmp_path / "t.npz"), "--policy", "default,lru,oracle", "--capacity", "2,4"]
     done = CliRunner().invoke(command, [*arguments, "--json"], catch_exceptions=False)
     rows = json.loads(done.stdout)
-    assert [(row["policy"], row["capacity"]) for row in rows] == list(
-        itertools.product(("default", "lru", "oracle"), (2,))
-    ) + list(itertools.product(("default", "lru", "oracle"), (4,)))
+    pairs = [(row["policy"], row["capacity"]) for row in rows]
+    assert pairs == list(itertools.product(("default", "lru", "oracle"), (2, 4)))
     assert all(set(row) == {"policy", "capacity", "hit_rate"} for row in rows)
     shown = CliRunner().invoke(command, arguments, catch_exceptions=False)
     assert "100%" in shown.stdout  # the oracle goes all of the way
