@@ -147,7 +147,7 @@ def test_command_prints_rows(tmp_path: Path) -> None:
     assert pairs == list(itertools.product(("default", "lru", "oracle"), (2, 4)))
     assert all(set(row) == {"policy", "capacity", "hit_rate"} for row in rows)
     shown = CliRunner().invoke(command, arguments, catch_exceptions=False)
-    assert "100%" in shown.stdout  # the oracle goes all of the way
+    assert "100.0%" in shown.stdout  # the oracle goes all of the way
     part = CliRunner().invoke(command, [*arguments, "--sequences", "1:", "--json"], catch_exceptions=False)
     assert json.loads(part.stdout) != rows
     for wrong in (["--capacity", "two"], ["--sequences", "3"]):
