@@ -53,8 +53,11 @@ class Model(Protocol):
 
 def context_of(lm: Model) -> int | None:
     """Tokens that one sequence may have: the reserved context, else what the model's positions allow, else no limit."""
-    if lm.context is not None:
-        return lm.context
+    return lm.context if lm.context is not None else _longest(lm)
+
+
+def _longest(lm: Model) -> int | None:
+    """Positions that the model was made for."""
     config = lm.model.config
     longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     return None if longest is None or config.is_encoder_decoder else int(longest)
@@ -62,11 +65,10 @@ def context_of(lm: Model) -> int | None:
 
 def check_length(lm: Model, tokens: int, new: int = 0) -> None:
     """ContextError when `tokens` of text and `new` more do not fit into the context."""
-    context = context_of(lm)
-    if context is not None and tokens + new > context:
-        remedy = "use a shorter text"
-        if lm.context is not None:
-            remedy = f"reserve more with --context {tokens + new}, or use a shorter text"
+    context, longest, need = context_of(lm), _longest(lm), tokens + new
+    if context is not None and need > context:
+        more = lm.context is not None and (longest is None or need <= longest)
+        remedy = f"reserve more with --context {need}, or use a shorter text" if more else "use a shorter text"
         raise ContextError(
             f"the text has {tokens} tokens, the context holds {context}"
             f"{' including the answer' if new else ''}: {remedy}"

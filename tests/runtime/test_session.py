@@ -9,7 +9,7 @@ from fake_lm import FakeLM, tiny_lm
 from moedge.errors import ContextError, ModelError
 from moedge.runtime import forward
 from moedge.runtime.forward import continues
-from moedge.runtime.session import EncodedSession, Session, context_of
+from moedge.runtime.session import EncodedSession, Session, check_length, context_of
 
 DECODERS = ["qwen3_moe", "olmoe", "mixtral", "gpt_oss", "jamba", "deepseek_v3"]
 IDS = list(range(40, 75))
@@ -154,6 +154,17 @@ def test_growing_beyond_the_context_is_refused() -> None:
     with pytest.raises(ContextError, match=r"13 tokens, the context holds 12.*--context 13"):
         session.push(1)
     assert session.ids == IDS[:12]
+
+
+def test_the_remedy_is_one_that_helps() -> None:
+    lm = tiny_lm()
+    lm.context = 12
+    for tokens, remedy in ((600, "holds 12: use a shorter text"), (500, "--context 500, or use a shorter text")):
+        with pytest.raises(ContextError, match=remedy):
+            check_length(lm, tokens)
+    lm.context = None
+    with pytest.raises(ContextError, match="holds 512 including the answer: use a shorter text"):
+        check_length(lm, 512, 1)
 
 
 def test_the_context_is_the_reserved_one_else_the_models() -> None:
