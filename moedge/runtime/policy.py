@@ -219,7 +219,9 @@ class Recall:
 
     def used(self, experts: Sequence[int], weights: Sequence[float] | None) -> None:
         self._rate.used(experts, weights)
-        self._in_moment = 2 * len(experts) <= self._num_experts  # else a chunk of tokens, like everything and nothing
+        self._in_moment = (
+            0 < 2 * len(experts) <= self._num_experts
+        )  # else a chunk of tokens, like everything and nothing
         if not self._in_moment:
             return
         marks, now = self._marks, len(self._starts) - 1
