@@ -65,18 +65,29 @@ OTHERS = (
     "zaya",
 )
 ALL = NAMED + OTHERS
-NOT_TEXT = {  # decorated, but transformers has no class for a text model of it alone
-    "deepseek_ocr2": "reads images",
+MULTIMODAL = (  # given text only: the text part where transformers loads that alone, else the whole model
+    "aria",
+    "gemma4",
+    "glm4v_moe",
+    "glm5_next",
+    "inkling2",
+    "inkling_mm_model",
+    "minimax_m3_vl",
+    "mistral_large4",
+    "muse_spark",
+    "qwen3_5_moe",
+    "qwen3_vl_moe",
+    "qwen4_exp",
+)
+REFUSED = {  # with a clear error
     "diffusion_gemma": "fills blocks of text by diffusion",
-    "ernie4_5_vl_moe": "reads images and video",
-    "glm4v_moe": "reads images and video",
-    "glm5_next": "reads images and video",
-    "mistral_large4": "reads images",
-    "muse_spark": "reads images and audio",
+    "ernie4_5_vl_moe": "stores experts for text and for images mixed",
     "openai_privacy_filter": "labels tokens",
-    "qwen3_omni_moe": "reads and speaks audio",
-    "qwen3_vl_moe": "reads images and video",
-    "unlimited_ocr": "reads images",
+    "qwen3_omni_moe": "several models in one, one of which speaks",
+}
+NOT_TRIED = {
+    "deepseek_ocr2": "reads scanned pages, no text without one",
+    "unlimited_ocr": "reads scanned pages, no text without one",
 }
 
 

@@ -27,18 +27,15 @@ def text_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that answers `model(input_ids).logits` for a checkpoint with this config.
 
     It is the one that `config.architectures` names. Of a multimodal checkpoint it is the class of its text part, where
-    transformers has one. Raises ModelError when the class is unknown, or has no language model head.
+    transformers loads that alone, else the whole model, which is then given text only. Raises ModelError when the class
+    is unknown, or does not predict tokens.
     """
     named = _named_class(config)
+    mapped = _mapped_class(config)
     if named is None or "text_config" in config.sub_configs:
-        mapped = _mapped_class(config)
-        if mapped is not None:
-            return mapped
-        if named is None:
-            raise ModelError(f"model type {config.model_type!r} has no text model in {_VERSION}")
-        raise ModelError(
-            f"{named.__name__} is multimodal and {_VERSION} has no class for its text part alone: use a text checkpoint"
-        )
+        named = mapped or named
+    if named is None:
+        raise ModelError(f"model type {config.model_type!r} has no text model in {_VERSION}")
     if not named.__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
         raise ModelError(
             f"{named.__name__} does not predict tokens: moedge runs language models (...ForCausalLM, "
@@ -82,11 +79,10 @@ def _named_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
 
 
 def _mapped_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """The causal or sequence-to-sequence model of the config, or of its text part, that holds no other towers."""
-    for part in (config, config.get_text_config()):
-        for mapping in _HEADS:
-            found = mapping.get(type(part), None)
-            for cls in found if isinstance(found, tuple) else (found,):
-                if cls is not None and "text_config" not in cls.config_class.sub_configs:
-                    return cast(type[PreTrainedModel], cls)
+    """What transformers takes for the config: a causal model, else an encoder-decoder, else a multimodal one."""
+    for mapping in _HEADS:
+        found = mapping.get(type(config), None)
+        for cls in found if isinstance(found, tuple) else (found,):
+            if cls is not None:
+                return cast(type[PreTrainedModel], cls)
     return None

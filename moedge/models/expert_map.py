@@ -19,13 +19,14 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
 )
 
-from moedge.errors import CheckpointError
+from moedge.errors import CheckpointError, ModelError
 from moedge.models.anatomy import Anatomy, MoeLayer
 from moedge.models.checkpoint import ALIGNMENT, Checkpoint, TensorInfo
 
@@ -142,7 +143,7 @@ class ExpertMap:
     def convert_into(self, field: Field, source: ParameterSource, raw: list[torch.Tensor], slot: torch.Tensor) -> None:
         """Write a parameter that is not copied into `slot`, from the bytes of its parts (`raw`: uint8, one each)."""
         values = [_typed(piece, part) for part, piece in zip(source.parts, raw, strict=True)]
-        value = self._convert(source, values)
+        value = self._convert(field, source, values)
         if tuple(value.shape) != field.shape:
             raise CheckpointError(
                 f"tensor {source.parts[0].info.name} in {source.parts[0].info.file} gives {source.name} of shape "
@@ -150,7 +151,7 @@ class ExpertMap:
             )
         self.memory(field, source, slot).view(field.dtype).view(field.shape).copy_(value)
 
-    def _convert(self, source: ParameterSource, values: list[torch.Tensor]) -> torch.Tensor:
+    def _convert(self, field: Field, source: ParameterSource, values: list[torch.Tensor]) -> torch.Tensor:
         """Replay the converter on one expert: its operations see an expert axis of length one."""
         if source.converter is None:  # stacked and concatenated, but in another dtype
             return torch.cat(values)
@@ -163,7 +164,7 @@ class ExpertMap:
                 source_patterns=source.converter.source_patterns,
                 target_patterns=source.converter.target_patterns,
                 full_layer_name=source.name,
-                model=None,
+                model=_OneExpert(field),
                 config=self._config,
                 missing_keys=None,
             )
@@ -172,6 +173,16 @@ class ExpertMap:
             (value,) = value
         result: torch.Tensor = value[0]
         return result
+
+
+class _OneExpert:
+    """Stands for the model in converters that compare shapes (Qwen3-VL-MoE): there is one expert."""
+
+    def __init__(self, field: Field) -> None:
+        self._field = field
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        return torch.empty(1, *self._field.shape, dtype=self._field.dtype, device="meta")
 
 
 def _typed(piece: torch.Tensor, part: Part) -> torch.Tensor:
@@ -216,6 +227,13 @@ def _source(
     converter: WeightConverter | None,
 ) -> ParameterSource:
     """The source of one parameter of one expert; `expert` is None where the tensor holds a single expert."""
+    if converter is not None and len(converter.target_patterns) > 1:
+        raise ModelError(
+            f"{target} is stored mixed with others ({', '.join(converter.target_patterns)}), single experts cannot be "
+            "read: save the model again with transformers' save_pretrained(save_original_format=False)"
+        )
+    if converter is not None and _is_left_alone(converter, layer.parameters[name][0], by_pattern):
+        converter = None
     operations = converter.operations if converter is not None else []
     stacked = any(isinstance(op, MergeModulelist) for op in operations)
     patterns = [p for p in converter.source_patterns if p in by_pattern] if converter is not None else list(by_pattern)
@@ -239,6 +257,12 @@ def _source(
     return ParameterSource(
         name, tuple(parts), None if plain else converter, stacked, parts[0].offset % ALIGNMENT if as_in_file else 0
     )
+
+
+def _is_left_alone(converter: WeightConverter, shape: tuple[int, ...], found: dict[str, list[TensorInfo]]) -> bool:
+    """Whether the converter transposes older files only (Qwen3-VL-MoE), and these are not older."""
+    checks = all(isinstance(op, Transpose) and op.check_dims for op in converter.operations)
+    return checks and all(info.shape[1:] == tuple(shape) for infos in found.values() for info in infos)
 
 
 def _part(layer: MoeLayer, pattern: str, infos: list[TensorInfo], expert: int | None, stacked: bool) -> Part:

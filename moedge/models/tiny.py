@@ -72,7 +72,24 @@ _SIZES: dict[str, Any] = {  # applied where the config has the field
     "num_nextn_predict_layers": 0,
     "num_mtp_layers": 0,
 }
+_TOWER: dict[str, Any] = {  # sizes of what a multimodal model has besides its text part
+    "depth": 1,
+    "num_hidden_layers": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "global_head_dim": 16,
+    "out_hidden_size": _SIZES["hidden_size"],
+    "text_hidden_size": _SIZES["hidden_size"],
+    "num_position_embeddings": 16,
+    "position_embedding_size": 16,
+    "deepstack_visual_indexes": [],
+}
 _SPARSE = ["dense", "sparse", "sparse", "sparse"]
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _HYBRID = ["linear_attention", "full_attention"] * 2
 _ROWS: dict[str, dict[str, Any]] = {  # what an architecture needs besides, or instead
     "bailing_hybrid": {"layer_types": _HYBRID},
@@ -87,20 +104,31 @@ _ROWS: dict[str, dict[str, Any]] = {  # what an architecture needs besides, or i
         "swa_qk_nope_head_dim": 16,
         "swa_v_head_dim": 16,
     },
-    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [48, 32]},
+    "ernie4_5_vl_moe_text": {
+        "moe_intermediate_size": [48, 32],
+        "rope_parameters": _ROPE | {"mrope_section": [3, 3, 2]},
+    },
     "gemma4_text": {
         "enable_moe_block": True,
         "hidden_size_per_layer_input": 8,
         "vocab_size_per_layer_input": 288,
         "global_head_dim": 16,
     },
-    "glm5_next_text": {"num_key_value_heads": 4},
+    "glm4v_moe_text": {"rope_parameters": _ROPE | {"mrope_section": [2, 1, 1]}},
+    "glm5_next_text": {"qk_rope_head_dim": 0, "mlp_layer_types": _SPARSE},
     "granitemoehybrid": {"layer_types": _HYBRID, "mamba_n_heads": 8, "mamba_d_state": 16},
     "inkling_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "rel_extent": 64},
     "inkling2_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "rel_extent": 64},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 0, "use_mamba_kernels": False},
     "kimi_linear": {"layer_types": _HYBRID},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "minimax_m3_vl": {"projector_hidden_size": 32},
+    "muse_spark": {
+        "audio_config": {"hidden_sizes": [16] * 4, "depths": [1] * 4, "out_hidden_size": _SIZES["hidden_size"]},
+        "projector_hidden_size": 32,
+        "out_hidden_size": 32,
+    },
+    "muse_spark_text": {"moe_hidden_size": 32},
     "nemotron_h": {
         "num_hidden_layers": None,
         "layer_types": ["linear_attention", "moe", "full_attention", "mlp", "moe"],
@@ -178,13 +206,20 @@ def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
         raise ModelError(f"model type {model_type!r} is not one that transformers knows: see its docs for the names")
     cls = CONFIG_MAPPING[model_type]
     if "text_config" in cls.sub_configs:
-        parts = {name: tiny_config(part.model_type) for name, part in cls.sub_configs.items() if name == "text_config"}
-        return cls(**{**parts, **overrides})
-    fields = signature(cls.__init__).parameters
-    sizes = {name: size for name, size in _SIZES.items() if name in fields}
-    if "kv_lora_rank" in fields:  # multi-head latent attention has as many keys as queries
+        given = {**_ROWS.get(model_type, {}), **overrides}
+        parts = {name: type(getattr(cls(), name)) for name in cls.sub_configs if name not in given}
+        for name, part in parts.items():
+            given[name] = tiny_config(part.model_type) if name == "text_config" else part(**_that_fit(_TOWER, part))
+        return cls(**given)
+    sizes = _that_fit(_SIZES, cls)
+    if "kv_lora_rank" in sizes:  # multi-head latent attention has as many keys as queries
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     return cls(**{**sizes, **_ROWS.get(model_type, {}), **overrides})
+
+
+def _that_fit(sizes: dict[str, Any], cls: type[PreTrainedConfig]) -> dict[str, Any]:
+    fields = signature(cls.__init__).parameters
+    return {name: size for name, size in sizes.items() if name in fields}
 
 
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -9,20 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ALL, NOT_TEXT, decorated
+from architectures import ALL, MULTIMODAL, NOT_TRIED, REFUSED, decorated
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from moedge.errors import ModelError
 from moedge.models.anatomy import dissect
 from moedge.models.architecture import meta_model, text_class
+from moedge.models.load import draw
 
 Tiny = Callable[..., Path]
 
 
 def test_every_decorated_architecture_is_covered_or_listed_with_a_reason() -> None:
-    covered = {name.removesuffix("_text") for name in ALL}
-    assert decorated() - covered - set(NOT_TEXT) == set()
+    covered = {name.removesuffix("_text") for name in ALL + MULTIMODAL}
+    assert decorated() - covered - set(REFUSED) - set(NOT_TRIED) == set()
 
 
 @pytest.mark.parametrize("model_type", ALL)
@@ -69,8 +70,13 @@ def _experts_per_token(module: nn.Module, args: tuple[Any, ...]) -> int:
     return int((weights > 0).sum(-1).max())  # NLLB-MoE: weights over experts
 
 
-@pytest.mark.parametrize("model_type", sorted(NOT_TEXT))
-def test_a_model_without_a_text_class_is_refused(model_type: str) -> None:
+@pytest.mark.parametrize("model_type", sorted(set(REFUSED) - {"ernie4_5_vl_moe"}))
+def test_what_answers_no_text_is_refused(model_type: str) -> None:
     config: Any = CONFIG_MAPPING[model_type]()
-    with pytest.raises(ModelError, match=r"no text model|does not predict|multimodal"):
+    with pytest.raises(ModelError, match=r"no text model|does not predict"):
         text_class(config)
+
+
+def test_experts_that_are_stored_mixed_are_refused(tiny: Tiny) -> None:
+    with pytest.raises(ModelError, match="stored mixed"):
+        draw(tiny("ernie4_5_vl_moe"))
