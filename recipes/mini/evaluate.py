@@ -7,7 +7,8 @@ A experts a token, D domains.
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from moedge.terminal import console
 from recipes.mini import sources, tasks
 
 Array = NDArray[np.float64]
+WINDOWS = (512, 2048)  # tokens
+CHAT_RECORDS = 200
+ROUTED_TOKENS = 10_000  # of each domain and task
 
 
 def windows(ids: Sequence[int], size: int) -> Iterator[list[int]]:
@@ -105,9 +109,9 @@ def accuracy(model: Any, tokenizer: Any, task: str, records: Sequence[Mapping[st
         ]
     if examples[0].choices is None:
         answers = written(model, tokenizer, [example.prompt for example in examples])
-        return float(np.mean([a.strip() == e.answer.strip() for a, e in zip(answers, examples, strict=True)]))
+        return round(float(np.mean([a.strip() == e.answer.strip() for a, e in zip(answers, examples, strict=True)])), 4)
     answers = chosen(model, tokenizer, examples)
-    return float(np.mean([a == e.answer for a, e in zip(answers, examples, strict=True)]))
+    return round(float(np.mean([a == e.answer for a, e in zip(answers, examples, strict=True)])), 4)
 
 
 def _turn(tokenizer: Any, question: str) -> str:
@@ -120,23 +124,36 @@ def routing(model: Any, tokenizer: Any, texts: Mapping[str, Sequence[str]], toke
     """Router mass by domain: [L, E], the weights of the chosen experts summed over about `tokens` tokens, to sum 1."""
     found = {}
     for name, documents in texts.items():
-        mass, seen = np.zeros((model.config.num_hidden_layers, model.config.num_experts)), 0
-        for document in documents:
-            ids = tokenizer(document, add_special_tokens=False)["input_ids"][:512]
-            if len(ids) < 2:
-                continue
-            output = model.base_model(torch.tensor([ids]), use_cache=False, output_router_logits=True)
+        mass = np.zeros((model.config.num_hidden_layers, model.config.num_experts))
+        for ids, real in _padded(tokenizer, documents, tokens):
+            output = model.base_model(ids, use_cache=False, output_router_logits=True)
             for layer, logits in enumerate(output.router_logits):
-                weights, experts = logits.float().softmax(-1).topk(model.config.num_experts_per_tok)  # [T, A]
+                probs = logits[real.flatten()].float().softmax(-1)  # [N, E]
+                weights, experts = probs.topk(model.config.num_experts_per_tok)  # [N, A]
                 weights = weights / weights.sum(-1, keepdim=True)
                 mass[layer] += np.bincount(
                     experts.flatten().numpy(), weights.flatten().double().numpy(), minlength=mass.shape[1]
                 )
-            seen += len(ids)
-            if seen >= tokens:
-                break
         found[name] = mass / mass.sum(-1, keepdims=True)
     return found
+
+
+def _padded(tokenizer: Any, documents: Sequence[str], tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of documents, cut at 512 tokens: ids [B, T] padded at the end, real [B, T] bool; `tokens` in all."""
+    rows: list[list[int]] = []
+    for document in documents:
+        rows.append(tokenizer(document[:3000], add_special_tokens=False)["input_ids"][:512])
+        if sum(map(len, rows)) >= tokens:
+            break
+    rows.sort(key=len)
+    for at in range(0, len(rows), 32):
+        some = rows[at : at + 32]
+        ids = torch.zeros(len(some), len(some[-1]), dtype=torch.long)
+        real = torch.zeros(ids.shape, dtype=torch.bool)
+        for line, row in enumerate(some):
+            ids[line, : len(row)] = torch.tensor(row)
+            real[line, : len(row)] = True
+        yield ids, real
 
 
 def best_half(mass: Array) -> Array:
@@ -176,51 +193,77 @@ def documents_of(name: str, records: Sequence[Mapping[str, Any]]) -> list[str]:
     return [example.prompt + example.answer for example in examples]
 
 
+class Figures:
+    """The figures in a file: each is measured once, and written at once; what stands there already is kept."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.all: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+
+    def once(self, part: str, name: str, measure: Callable[[], Any]) -> None:
+        kept = self.all.setdefault(part, {})
+        if name not in kept:
+            kept[name] = measure()
+            self.path.write_text(json.dumps(self.all, indent=2) + "\n", encoding="utf-8")
+            console.print(f"{part}, {name}: {kept[name]}")
+
+
+def measure_tasks(figures: Figures, model: Any, tokenizer: Any, held: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Every task on all its records, on the longer reviews, and as questions in a chat."""
+    longer = [record for record in held["sst2"] if len(str(record["sentence"]).split()) >= 10]
+    jobs = [(name, name, lines, False) for name, lines in held.items()]
+    jobs.append(("sst2, 10 words or more", "sst2", longer, False))
+    jobs += [(f"{name}, asked in chat", name, lines[:CHAT_RECORDS], True) for name, lines in held.items()]
+    for label, task, lines, chat in jobs:
+        figures.once("accuracy", label, partial(accuracy, model, tokenizer, task, lines, chat))
+        figures.once("records", label, partial(len, lines))
+
+
+def measure_texts(
+    figures: Figures, model: Any, tokenizer: Any, texts: Mapping[str, sources.Split], budget: int
+) -> None:
+    """Bits per byte of each domain; of novels the mean over the books."""
+    for name, split in texts.items():
+        parts = split.held_out if name == "novel" else ["\n\n".join(split.held_out)]
+        cut = [part[: budget // len(parts)] for part in parts]
+        figures.once("bits_per_byte", name, partial(_by_window, model, tokenizer, cut))
+
+
+def _by_window(model: Any, tokenizer: Any, texts: Sequence[str]) -> dict[str, float]:
+    return {
+        str(size): round(float(np.mean([bits_per_byte(model, tokenizer, text, size) for text in texts])), 4)
+        for size in WINDOWS
+    }
+
+
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path, exists=True))
 @click.option("--data", type=click.Path(path_type=Path), default=Path("../shared/data"), show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Where the figures go, as JSON.")
-@click.option("--size", type=int, multiple=True, default=[512, 2048], help="Tokens of a window, may be repeated.")
-@click.option("--bytes", "budget", type=int, default=300_000, show_default=True, help="Bytes of text a domain.")
-@click.option("--records", type=int, default=10**9, help="At most so many records a task.")
+@click.option("--bytes", "budget", type=int, default=60_000, show_default=True, help="Characters of text a domain.")
+@click.option("--records", type=int, default=1000, show_default=True, help="At most so many records a task.")
 @click.option("--threads", type=int, default=2, show_default=True)
-def main(checkpoint: Path, data: Path, out: Path, size: list[int], budget: int, records: int, threads: int) -> None:
-    """Evaluate CHECKPOINT and write the figures to --out."""
+def main(checkpoint: Path, data: Path, out: Path, budget: int, records: int, threads: int) -> None:
+    """Evaluate CHECKPOINT and write the figures to --out.
+
+    Figures that it holds already are kept: run again to continue, delete it to measure afresh.
+    """
     torch.set_num_threads(threads)
-    torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     model.eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     texts = sources.texts(data)
-    held: dict[str, list[Any]] = tasks.held_out(data, texts)
     rng = np.random.default_rng(0)
-    held = {name: [lines[i] for i in rng.permutation(len(lines))[:records]] for name, lines in held.items()}
-    result: dict[str, Any] = {"bits_per_byte": {}, "accuracy": {}, "records": {}}
-    for name, lines in held.items():
-        result["accuracy"][name] = round(accuracy(model, tokenizer, name, lines), 4)
-        result["records"][name] = len(lines)
-        console.print(f"{name}: {result['accuracy'][name]:.1%} of {len(lines)}")
-    whole = [record for record in held["sst2"] if len(str(record["sentence"]).split()) >= 10]
-    result["accuracy"]["sst2, 10 words or more"] = round(accuracy(model, tokenizer, "sst2", whole), 4)
-    result["records"]["sst2, 10 words or more"] = len(whole)
-    for name, lines in held.items():
-        result["accuracy"][f"{name}, asked in chat"] = round(
-            accuracy(model, tokenizer, name, lines[:500], chat=True), 4
-        )
-        result["records"][f"{name}, asked in chat"] = len(lines[:500])
-    for name, split in texts.items():
-        parts = split.held_out if name == "novel" else ["\n\n".join(split.held_out)]
-        share = budget // len(parts)
-        found = {
-            str(tokens): float(np.mean([bits_per_byte(model, tokenizer, part[:share], tokens) for part in parts]))
-            for tokens in size
-        }
-        result["bits_per_byte"][name] = {key: round(value, 4) for key, value in found.items()}
-        console.print(f"{name}: {found} bits per byte")
+    held = {
+        name: [lines[place] for place in rng.permutation(len(lines))[:records]]
+        for name, lines in tasks.held_out(data, texts).items()
+    }
+    figures = Figures(out)
+    measure_tasks(figures, model, tokenizer, held)
+    measure_texts(figures, model, tokenizer, texts, budget)
     seen = {name: [d for whole in split.held_out for d in _pieces(whole)] for name, split in texts.items()}
     seen |= {name: documents_of(name, lines) for name, lines in held.items()}
-    result["router"] = router_report(model, tokenizer, seen, 20_000)
-    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    figures.once("router", "experts", partial(router_report, model, tokenizer, seen, ROUTED_TOKENS))
 
 
 def _pieces(document: str, size: int = 1500) -> list[str]:

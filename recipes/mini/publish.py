@@ -90,7 +90,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def card(result: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     """The model card: `result` as evaluate writes it, `run` the figures of the training run."""
-    router = result["router"]
+    router = result["router"]["experts"]
     sizes = list(next(iter(result["bits_per_byte"].values())))
     layers = range(1, len(router["mutual_information_bits"]) + 1)
     return "\n".join(
@@ -150,7 +150,7 @@ def publish_model(work: Path, out: Path) -> None:
     if not found:
         raise CheckpointError(f"{work}/checkpoints holds no checkpoint: run recipes.mini.run first")
     model = AutoModelForCausalLM.from_pretrained(found[-1], dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(found[-1], model_max_length=LONG_ROW)
+    tokenizer = AutoTokenizer.from_pretrained(found[-1])
     part = out.with_suffix(".tmp")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)

@@ -115,10 +115,12 @@ def test_the_card_states_the_figures() -> None:
         "accuracy": {"sst2": 0.81},
         "records": {"sst2": 100},
         "router": {
-            "best_half": {"novel": [0.9, 0.85]},
-            "mutual_information_bits": [0.5, 0.6],
-            "load_over_even": {"min": [0.4, 0.5], "max": [1.6, 1.5]},
-            "dead_experts": 0,
+            "experts": {
+                "best_half": {"novel": [0.9, 0.85]},
+                "mutual_information_bits": [0.5, 0.6],
+                "load_over_even": {"min": [0.4, 0.5], "max": [1.6, 1.5]},
+                "dead_experts": 0,
+            }
         },
     }
     text = publish.card(result, {"tokens": 12_000_000, "steps": 1465})
