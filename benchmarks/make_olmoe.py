@@ -5,7 +5,7 @@
 One shard of two layers is in memory at a time. The weights are random: speeds are real, the text is noise. Attention
 is sharpened so that greedy text does not fall into a loop, which would make every cache look perfect: with the default
 seed 41 of 64 greedy tokens differ, and a per-layer LRU of 16 of 64 experts hits 54% (51% at a quarter of the experts is
-reported for OLMoE itself). `--plain` leaves that out.
+reported for OLMoE itself). `--plain` is what transformers initialises instead: its text repeats one token.
 """
 
 import json
@@ -24,6 +24,7 @@ from transformers import OlmoeConfig, PreTrainedTokenizerFast
 
 LAYERS_PER_SHARD = 2
 EOS = "<|endoftext|>"
+STOCK_STD = 0.02  # the config's initializer_range
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,12 @@ def _tensors(shape: Shape, layer: int) -> Iterator[tuple[str, torch.Tensor]]:
 
     def noise(rows: int, columns: int) -> torch.Tensor:
         # 1/sqrt(fan-in): every block changes the residual stream, so that tokens and routing vary from step to step
-        return torch.randn(rows, columns, generator=generator).mul_(columns**-0.5).to(torch.bfloat16)
+        scale = STOCK_STD if shape.plain else columns**-0.5
+        return torch.randn(rows, columns, generator=generator).mul_(scale).to(torch.bfloat16)
 
     hidden, ones = shape.hidden, torch.ones(shape.hidden, dtype=torch.bfloat16)
     if layer == -1:
-        embedding = torch.randn(shape.vocabulary, hidden, generator=generator)
+        embedding = torch.randn(shape.vocabulary, hidden, generator=generator) * (STOCK_STD if shape.plain else 1)
         yield "model.embed_tokens.weight", embedding.to(torch.bfloat16)
         yield "model.norm.weight", ones
         yield "lm_head.weight", noise(shape.vocabulary, hidden)
@@ -130,7 +132,7 @@ def make(folder: Path, shape: Shape) -> int:
 @click.option("--heads", default=Shape.heads)
 @click.option("--vocabulary", default=Shape.vocabulary)
 @click.option("--seed", default=Shape.seed)
-@click.option("--plain", is_flag=True, help="Leave attention as it falls: greedy text then loops.")
+@click.option("--plain", is_flag=True, help="As transformers initialises: greedy text then repeats itself.")
 def main(folder: Path | None, **sizes: Any) -> None:
     """Write the checkpoint into FOLDER (default $MOEDGE_BENCH_DIR/olmoe-3.4gb)."""
     folder = folder or default_folder()

@@ -57,8 +57,8 @@ class Bench:
 
 
 def row(name: str, limit: int | None, run: Run, answer: dict[str, Any]) -> dict[str, Any]:
-    """One line of the table, and of the JSON."""
-    return {
+    """One line of the table, and of the JSON; also said at once, because a run takes minutes."""
+    found = {
         "run": name,
         "limit MiB": round(limit / MIB) if limit else "none",
         "status": "killed" if run.killed else run.status,
@@ -71,6 +71,8 @@ def row(name: str, limit: int | None, run: Run, answer: dict[str, Any]) -> dict[
         "hit rate": answer.get("hit_rate"),
         "bytes read": answer.get("bytes_read"),
     }
+    click.echo(json.dumps(found), err=True)
+    return found
 
 
 def smallest_limit(bench: Bench, low: int, high: int, steps: int = 4) -> int:

@@ -33,8 +33,17 @@ def device_map(layers: int, resident: int) -> dict[str, str]:
 @click.option("--resident-layers", default=0)
 @click.option("--tokens", default=64)
 @click.option("--prompt", default="The sea was calm and the")
+@click.option("--experts", help="experts_implementation; by default transformers' own default.")
 @click.option("--memory-only", is_flag=True, help="No offload: the reference for the tokens.")
-def main(folder: Path, offload_folder: Path, resident_layers: int, tokens: int, prompt: str, memory_only: bool) -> None:
+def main(
+    folder: Path,
+    offload_folder: Path,
+    resident_layers: int,
+    tokens: int,
+    prompt: str,
+    experts: str | None,
+    memory_only: bool,
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.generation.streamers import BaseStreamer
 
@@ -54,7 +63,7 @@ def main(folder: Path, offload_folder: Path, resident_layers: int, tokens: int, 
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype="bfloat16",
-        experts_implementation="eager",
+        **({"experts_implementation": experts} if experts else {}),
         device_map=places,
         offload_folder=str(offload_folder),
     )
