@@ -1,14 +1,14 @@
 """Judging a model on questions: by the likelihood of choices, or by what it writes. Prompts are in templates.py.
 
-With choices, the one whose tokens have the highest mean log-likelihood after the prompt is the model's answer; the
-prompt's keys and values are computed once. Without choices the model writes greedily up to a line's end, and that must
-be the answer exactly (SQuAD: in its official normal form; GSM8K: as a number). Knows no files: see records.py.
+With choices, the one whose tokens have the highest mean log-likelihood after the prompt is the model's answer. Without
+choices the model writes greedily up to a line's end, and that must be the answer exactly (SQuAD: in its official normal
+form; GSM8K: as a number). Knows no files: see records.py. Letters: t positions, V vocabulary.
 """
 
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,20 +18,42 @@ from torch import Tensor
 from moedge.errors import DataError
 from moedge.measure.quality import beginning, target_logprobs
 from moedge.measure.templates import TEMPLATES, Example
+from moedge.runtime.forward import logits_at
 from moedge.runtime.generate import generate, logits_in_chunks
-from moedge.runtime.session import EncodedSession, Model, Session, context_of
+from moedge.runtime.session import EncodedSession, Model, Session, check_ids, context_of
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One judged question. `overlap`: F1 of words, where the task has it. `cut`: the prompt was too long for the
-    context and lost its beginning."""
+    """One judged question. `overlap`: F1 of words, where the task has it. `cut`: the prompt lost its beginning."""
 
     correct: bool
     given: str
     expected: str
     overlap: float | None = None
     cut: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """Ids of prompt + choice as one text, and where the choice begins in them. `cut`: the prompt lost its beginning."""
+
+    ids: list[int]
+    start: int
+    cut: bool = False
+
+
+def _size(rows: Sequence[Row]) -> int:
+    """Tokens of a pass over all rows, filled up to the longest; rows equal up to the last token count once."""
+    contexts = {tuple(row.ids[:-1]) for row in rows}
+    return len(contexts) * max(map(len, contexts))
+
+
+def _chosen(example: Example, rows: Sequence[Row], scores: Sequence[float]) -> Verdict:
+    choices = example.choices or ()
+    given = choices[max(range(len(choices)), key=scores.__getitem__)]
+    cut = any(row.cut for row in rows)
+    return Verdict(given == example.answer, given.strip(), example.answer.strip(), cut=cut)
 
 
 class Judge:
@@ -45,54 +67,85 @@ class Judge:
         self._session = None if self._encoded else Session(lm)
         self._start = [] if self._encoded else beginning(lm.tokenizer)
 
-    def __call__(self, example: Example) -> Verdict:
-        """The model's answer to one question, and whether it is right."""
-        return self._choose(example, example.choices) if example.choices else self._write(example)
+    def verdicts(self, examples: Iterable[Example]) -> Iterator[Verdict]:
+        """The model's answer to each question, in order, and whether it is right.
 
-    def _choose(self, example: Example, choices: Sequence[str]) -> Verdict:
-        cut = False
-        if self._encoded:
-            scores = self._decoder_scores(example.prompt, choices)
-        else:
-            rows = [self._joined(example.prompt, choice) for choice in choices]
-            cut = any(was_cut for _, _, was_cut in rows)
-            scores = self._scores([(ids, start) for ids, start, _ in rows])
-        given = choices[max(range(len(choices)), key=scores.__getitem__)]
-        return Verdict(given == example.answer, given.strip(), example.answer.strip(), cut=cut)
+        Questions whose choices fit into one pass of the prefill chunk's tokens share it with their neighbours.
+        """
+        room = min(self._lm.prefill_chunk, context_of(self._lm) or self._lm.prefill_chunk)
+        waiting: list[tuple[Example, list[Row]]] = []
+        for example in examples:
+            rows = [] if self._encoded else [self._joined(example.prompt, choice) for choice in example.choices or ()]
+            if not rows or _size(rows) > room:
+                yield from self._together(waiting)
+                waiting = []
+                yield self._alone(example, rows)
+                continue
+            if _size([*(row for _, others in waiting for row in others), *rows]) > room:
+                yield from self._together(waiting)
+                waiting = []
+            waiting.append((example, rows))
+        yield from self._together(waiting)
 
-    def _joined(self, prompt: str, choice: str) -> tuple[list[int], int, bool]:
-        """Ids of prompt + choice as one text, where the choice begins in them, and whether the prompt was cut."""
+    def _alone(self, example: Example, rows: Sequence[Row]) -> Verdict:
+        if rows:
+            return _chosen(example, rows, self._scores(rows))
+        if example.choices:
+            return _chosen(example, rows, self._decoder_scores(example.prompt, example.choices))
+        return self._write(example)
+
+    @torch.inference_mode()
+    def _together(self, questions: Sequence[tuple[Example, list[Row]]]) -> Iterator[Verdict]:
+        """All choices of several questions in one pass."""
+        rows = [row for _, some in questions for row in some]
+        if not rows:
+            return
+        contexts = {context: number for number, context in enumerate(dict.fromkeys(tuple(r.ids[:-1]) for r in rows))}
+        places = [(contexts[tuple(row.ids[:-1])], at) for row in rows for at in range(row.start - 1, len(row.ids) - 1)]
+        targets = torch.tensor([token for row in rows for token in row.ids[row.start :]])
+        found, at = [], 0
+        for piece in logits_at(self._lm.model, list(contexts), places):  # [t, V]
+            found.append(target_logprobs(piece, targets[at : at + len(piece)]).cpu())
+            at += len(piece)
+        logprobs = iter(torch.cat(found).tolist())
+        means = iter([sum(next(logprobs) for _ in row.ids[row.start :]) / (len(row.ids) - row.start) for row in rows])
+        for example, some in questions:
+            yield _chosen(example, some, [next(means) for _ in some])
+
+    def _joined(self, prompt: str, choice: str) -> Row:
         before, ids = self._ids(prompt), self._ids(prompt + choice)
         start = next((at for at, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before))
+        if len(ids) < 2:
+            raise DataError(f"the choice {choice[:60]!r} is one token and nothing comes before it: give a prompt")
+        check_ids(self._lm, ids)
         start = max(1, min(start, len(ids) - 1))
         context = context_of(self._lm)
         over = 0 if context is None else len(ids) - context
         if over <= 0:
-            return ids, start, False
+            return Row(ids, start)
         keep = len(self._start)
         if start - over <= keep:
             raise DataError(f"the choice {choice[:60]!r} alone is longer than the context of {context} tokens")
-        return ids[:keep] + ids[keep + over :], start - over, True
+        return Row(ids[:keep] + ids[keep + over :], start - over, cut=True)
 
     def _ids(self, text: str) -> list[int]:
         return self._start + list(self._lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def _scores(self, rows: Sequence[tuple[list[int], int]]) -> list[float]:
-        """Mean log-likelihood of each row's tokens from its start on; rows equal up to the last token share it all."""
+    def _scores(self, rows: Sequence[Row]) -> list[float]:
+        """Mean log-likelihood of each row's choice; what rows have in common is computed once and kept."""
         sums = [0.0] * len(rows)
         shared: dict[tuple[int, ...], list[int]] = {}
-        for number, (ids, _) in enumerate(rows):
-            shared.setdefault(tuple(ids[:-1]), []).append(number)
+        for number, row in enumerate(rows):
+            shared.setdefault(tuple(row.ids[:-1]), []).append(number)
         for context, numbers in shared.items():
-            at = min(rows[number][1] for number in numbers) - 1
+            at = min(rows[number].start for number in numbers) - 1
             for piece in logits_in_chunks(self._lm, context, at, self._session):  # [t, V], of positions `at` on
                 for number in numbers:
-                    ids, start = rows[number]
-                    skip = max(0, start - 1 - at)
-                    targets = torch.tensor(ids[at + skip + 1 : at + len(piece) + 1])
+                    skip = max(0, rows[number].start - 1 - at)
+                    targets = torch.tensor(rows[number].ids[at + skip + 1 : at + len(piece) + 1])
                     sums[number] += float(target_logprobs(piece[skip:], targets).double().sum())
                 at += len(piece)
-        return [total / (len(ids) - start) for total, (ids, start) in zip(sums, rows, strict=True)]
+        return [total / (len(row.ids) - row.start) for total, row in zip(sums, rows, strict=True)]
 
     @torch.inference_mode()
     def _decoder_scores(self, prompt: str, choices: Sequence[str]) -> list[float]:

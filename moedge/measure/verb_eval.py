@@ -139,11 +139,11 @@ def _judge(lm: "Model", name: str, file: Path, limit: int | None) -> dict[str, A
     from moedge.measure.tasks import Judge, example_of
 
     examples = [example_of(name, record) for record in read_records(file, limit)]
-    judge, verdicts, right = Judge(lm, name), [], 0
+    verdicts, right = [], 0
     with _progress(name) as note:
-        for example in examples:
-            verdicts.append(judge(example))
-            right += verdicts[-1].correct
+        for verdict in Judge(lm, name).verdicts(examples):
+            verdicts.append(verdict)
+            right += verdict.correct
             note(f"{len(verdicts)} of {len(examples)} questions, accuracy {right / len(verdicts):.3f}")
     found = {"accuracy": right / len(verdicts), "n": len(verdicts), "cut": sum(verdict.cut for verdict in verdicts)}
     overlaps = [verdict.overlap for verdict in verdicts if verdict.overlap is not None]

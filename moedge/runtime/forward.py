@@ -46,18 +46,33 @@ def all_logits(model: PreTrainedModel, ids: Sequence[int], cache: Any, first: in
     if base is model:
         raise ModelError(f"{type(model).__name__} has no body apart from its head: its logits cannot be had in pieces")
     output = base(input_ids=_row(model, ids), past_key_values=cache, use_cache=True, return_dict=True)
+    return _cache_of(model, output), _head(model, type(output), output.last_hidden_state[:, first:])
+
+
+@torch.inference_mode()
+def logits_at(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], places: Sequence[tuple[int, int]]
+) -> Iterator[Tensor]:
+    """Of several sequences in one pass, without a cache: the logits [t, V] at `places` (row, position), in pieces.
+
+    Shorter rows are filled up behind their end, where a causal model does not look, with a token they have anyway.
+    """
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows], device=model.device)  # [B, T]
+    output = model.base_model(input_ids=ids, use_cache=False, return_dict=True)
+    row, position = torch.tensor(places, device=model.device).T
+    yield from _head(model, type(output), output.last_hidden_state[row, position][None])
+
+
+def _head(model: PreTrainedModel, kind: Any, hidden: Tensor) -> Iterator[Tensor]:
+    """What the model makes of its body's last hidden states [1, T, D]: logits [t, V], a few rows at a time."""
     rows = max(1, LOGITS_BYTES // (4 * vocabulary(model)))
-    pieces = (_head(model, ids[at : at + rows], output, at) for at in range(first, len(ids), rows))
-    return _cache_of(model, output), pieces
-
-
-def _head(model: PreTrainedModel, ids: Sequence[int], output: Any, start: int) -> Tensor:
-    """The model's logits [t, V] of the positions of `ids`, `start` being the first, from its body's output."""
-    hidden = output.last_hidden_state[:, start : start + len(ids)]  # [1, t, D]
-    part = type(output)(last_hidden_state=hidden)
-    with torch.inference_mode(), _standing_in(model, part):
-        logits: Tensor = model(input_ids=_row(model, ids), use_cache=False, return_dict=True).logits[0]
-    return logits
+    for at in range(0, hidden.shape[1], rows):
+        part = hidden[:, at : at + rows]
+        with torch.inference_mode(), _standing_in(model, kind(last_hidden_state=part)):
+            ids = torch.zeros(part.shape[:2], dtype=torch.long, device=part.device)  # not looked at
+            logits: Tensor = model(input_ids=ids, use_cache=False, return_dict=True).logits[0]
+        yield logits
 
 
 class _Finished(nn.Module):

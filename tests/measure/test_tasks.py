@@ -9,8 +9,9 @@ import torch
 from fake_lm import FakeLM, tiny_lm, with_bos
 
 from moedge.errors import DataError
+from moedge.measure import tasks
 from moedge.measure.records import read_records
-from moedge.measure.tasks import MATCHES, Judge, example_of, normalised, word_overlap
+from moedge.measure.tasks import MATCHES, Judge, Verdict, example_of, normalised, word_overlap
 from moedge.measure.templates import TEMPLATES, Example
 from moedge.runtime.generate import generate
 
@@ -37,7 +38,7 @@ def test_scores_are_those_of_each_sequence_by_itself(architecture: str, chunk: i
     lm = tiny_lm(architecture)
     lm.prefill_chunk = chunk
     judge = Judge(lm, "any")
-    rows = [judge._joined(PROMPT, choice)[:2] for choice in CHOICES]
+    rows = [judge._joined(PROMPT, choice) for choice in CHOICES]
     assert judge._scores(rows) == pytest.approx(naive(lm, PROMPT, CHOICES), abs=1e-4)
     assert judge._scores(rows[:2]) == pytest.approx(naive(lm, PROMPT, CHOICES[:2]), abs=1e-4)  # from the cache
 
@@ -46,28 +47,87 @@ def test_the_answer_is_the_likeliest_choice() -> None:
     lm = tiny_lm()
     scores = naive(lm, PROMPT, CHOICES)
     best = CHOICES[scores.index(max(scores))]
-    right, wrong = (Judge(lm, "any")(Example(PROMPT, CHOICES, answer)) for answer in (best, " other"))
+    right, wrong = (ask(lm, Example(PROMPT, CHOICES, answer)) for answer in (best, " other"))
     assert (right.correct, right.given, right.expected) == (True, best.strip(), best.strip())
     assert not wrong.correct
 
 
-def test_single_token_choices_cost_one_pass() -> None:
+def ask(lm: FakeLM, example: Example, task: str = "any") -> Verdict:
+    (verdict,) = Judge(lm, task).verdicts([example])
+    return verdict
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss", "jamba"])
+@pytest.mark.parametrize("chunk", [20, 90, 100000])
+def test_questions_together_are_judged_as_alone(architecture: str, chunk: int) -> None:
+    lm = tiny_lm(architecture)
+    prompts = [PROMPT, "sea", "Hello world, hello moon: " * 3, "12 + 7 =", "The"]
+    examples = [Example(prompt, CHOICES[at:], CHOICES[-1]) for at, prompt in enumerate(prompts[:4])]
+    examples.insert(2, Example(prompts[4], None, " x"))
+    expected = []
+    for example in examples:
+        if example.choices is None:
+            expected.append(_line(lm, example.prompt, example.answer))
+        else:
+            scores = naive(lm, example.prompt, example.choices)
+            expected.append(example.choices[scores.index(max(scores))].strip())
+    lm.prefill_chunk = chunk
+    assert [verdict.given for verdict in Judge(lm, "any").verdicts(examples)] == expected
+
+
+def test_scores_together_are_those_alone() -> None:
+    lm = tiny_lm()
+    judge, seen = Judge(lm, "any"), []
+    examples = [Example(prompt, CHOICES, CHOICES[0]) for prompt in (PROMPT, "sea", "12 + 7 =")]
+    questions = [(example, [judge._joined(example.prompt, choice) for choice in CHOICES]) for example in examples]
+    original = tasks._chosen
+
+    def record(example: Example, rows: Any, scores: Any) -> Verdict:
+        seen.append(scores)
+        return original(example, rows, scores)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "_chosen", record)
+        list(judge._together(questions))
+    for example, scores in zip(examples, seen, strict=True):
+        assert scores == pytest.approx(naive(lm, example.prompt, CHOICES), abs=1e-4)
+
+
+def test_passes_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm()
     bytes_ = tuple(lm.tokenizer.convert_ids_to_tokens([40, 41, 42]))
-    passes: list[int] = []
-    lm.model.model.register_forward_pre_hook(lambda *_: passes.append(1))
-    judge = Judge(lm, "any")
-    judge(Example("The sea", bytes_, bytes_[0]))
-    assert len(passes) == 1
-    judge(Example("The sea", CHOICES, CHOICES[0]))  # the prompt is in the cache; only its last token is run again
-    assert len(passes) == 1 + len(CHOICES)
+    shapes: list[tuple[int, ...]] = []
+
+    def record(_: Any, __: Any, given: dict[str, Any]) -> None:
+        shapes.append(tuple(given["input_ids"].shape))
+
+    lm.model.model.register_forward_pre_hook(record, with_kwargs=True)
+    size = len(lm.tokenizer("The sea")["input_ids"])
+    one = Example("The sea", bytes_, bytes_[0])
+    list(Judge(lm, "any").verdicts([one]))
+    assert shapes == [(1, size)]  # choices of one token share their prompt
+    shapes.clear()
+    two = Example("The moon", bytes_, bytes_[0])
+    list(Judge(lm, "any").verdicts([one, two, one]))
+    assert len(shapes) == 1
+    assert shapes[0][0] == 2  # the same question twice is run once
+    shapes.clear()
+    lm.prefill_chunk = size
+    list(Judge(lm, "any").verdicts([Example("The sea", CHOICES, CHOICES[0])]))
+    assert len(shapes) > len(CHOICES)  # too much for one pass: one choice after the other, from the kept prompt
+    assert max(rows for rows, _ in shapes) == 1
+
+
+def test_a_prompt_of_nothing_is_an_error() -> None:
+    with pytest.raises(DataError, match="nothing comes before it"):
+        ask(tiny_lm(), Example("", ("a",), "a"))
 
 
 def test_bos_comes_before_the_prompt_where_the_tokenizer_puts_it() -> None:
     lm = with_bos(tiny_lm())
     judge = Judge(lm, "any")
-    rows = [judge._joined(PROMPT, choice)[:2] for choice in CHOICES]
-    assert all(ids[0] == 1 for ids, _ in rows)
+    rows = [judge._joined(PROMPT, choice) for choice in CHOICES]
+    assert all(row.ids[0] == 1 for row in rows)
     assert judge._scores(rows) == pytest.approx(naive(lm, PROMPT, CHOICES, [1]), abs=1e-4)
 
 
@@ -75,23 +135,23 @@ def test_a_choice_that_merges_with_the_prompt_is_scored_from_where_they_part() -
     lm = tiny_lm()
     judge = Judge(lm, "any")
     assert len(lm.tokenizer(" the")["input_ids"]) == 1
-    ids, start, _ = judge._joined("calm t", "he")
-    assert ids == lm.tokenizer("calm the")["input_ids"]
-    assert start == len(ids) - 1
+    row = judge._joined("calm t", "he")
+    assert row.ids == lm.tokenizer("calm the")["input_ids"]
+    assert row.start == len(row.ids) - 1
 
 
 def test_a_prompt_too_long_loses_its_beginning_and_that_is_said() -> None:
     lm = with_bos(tiny_lm())
     lm.context = 24
-    verdict = Judge(lm, "any")(Example(PROMPT * 3, CHOICES[:2], " positive"))
+    verdict = ask(lm, Example(PROMPT * 3, CHOICES[:2], " positive"))
     assert verdict.cut
-    ids, start, _ = Judge(lm, "any")._joined(PROMPT * 3, " positive")
+    row = Judge(lm, "any")._joined(PROMPT * 3, " positive")
     full = [1, *lm.tokenizer(PROMPT * 3 + " positive", add_special_tokens=False)["input_ids"]]
-    assert ids == [1, *full[-23:]]
-    assert ids[start:] == lm.tokenizer(" positive", add_special_tokens=False)["input_ids"]
-    written = Judge(lm, "any")(Example(PROMPT * 3, None, " a"))
+    assert row.ids == [1, *full[-23:]]
+    assert row.ids[row.start :] == lm.tokenizer(" positive", add_special_tokens=False)["input_ids"]
+    written = ask(lm, Example(PROMPT * 3, None, " a"))
     assert written.cut
-    assert not Judge(lm, "any")(Example("sea", (" a", " b"), " a")).cut
+    assert not ask(lm, Example("sea", (" a", " b"), " a")).cut
 
 
 @pytest.mark.parametrize("choices", [(" " + "longer than the context " * 5,), None])
@@ -99,7 +159,7 @@ def test_an_answer_longer_than_the_context_is_an_error(choices: tuple[str, ...] 
     lm = tiny_lm()
     lm.context = 16
     with pytest.raises(DataError, match="longer than the context of 16 tokens"):
-        Judge(lm, "any")(Example("sea", choices, " longer than the context" * 5))
+        ask(lm, Example("sea", choices, " longer than the context" * 5))
 
 
 def test_an_encoder_decoder_chooses_too() -> None:
@@ -111,8 +171,8 @@ def test_an_encoder_decoder_chooses_too() -> None:
         with torch.inference_mode():
             logs = lm.model(prompt, decoder_input_ids=torch.tensor([[0, *ids[:-1]]])).logits[0].log_softmax(-1)
         assert score == pytest.approx(float(logs[range(len(ids)), ids].mean()), abs=1e-4)
-    assert Judge(lm, "any")(Example(PROMPT, CHOICES, CHOICES[scores.index(max(scores))])).correct
-    assert Judge(lm, "any")(Example(PROMPT, None, " x")).given == _line(lm, PROMPT, " x")
+    assert ask(lm, Example(PROMPT, CHOICES, CHOICES[scores.index(max(scores))])).correct
+    assert ask(lm, Example(PROMPT, None, " x")).given == _line(lm, PROMPT, " x")
 
 
 def _line(lm: FakeLM, prompt: str, answer: str) -> str:
@@ -125,10 +185,10 @@ def test_a_free_answer_is_what_the_model_writes_up_to_the_lines_end() -> None:
     lm.model.generation_config.eos_token_id = list(generate(lm, PROMPT, 5))[4].token
     expected = _line(lm, PROMPT, " anything")
     assert expected
-    verdict = Judge(lm, "any")(Example(PROMPT, None, " anything", (f" {expected}",)))
+    verdict = ask(lm, Example(PROMPT, None, " anything", (f" {expected}",)))
     assert (verdict.correct, verdict.given) == (True, expected)
     assert verdict.overlap is None
-    assert not Judge(lm, "any")(Example(PROMPT, None, " anything")).correct
+    assert not ask(lm, Example(PROMPT, None, " anything")).correct
 
 
 def test_squad_has_its_normal_form_and_word_overlap() -> None:
@@ -138,7 +198,7 @@ def test_squad_has_its_normal_form_and_word_overlap() -> None:
     assert word_overlap("the calm sea", "calm old sea") == pytest.approx(0.8)
     assert word_overlap("", "the") == 1.0
     assert word_overlap("", "sea") == 0.0
-    verdict = Judge(tiny_lm(), "squad_v2")(Example(PROMPT, None, " sea", (" the sea",)))
+    verdict = ask(tiny_lm(), Example(PROMPT, None, " sea", (" the sea",)), "squad_v2")
     assert verdict.overlap is not None
 
 
@@ -165,7 +225,7 @@ RECORDS: dict[str, Any] = {
 ANSWERS = [" positive", " yes", " yes", " c", " two", " c", " a", " 18", " maybe", " x"]
 
 
-@pytest.mark.parametrize(("task", "answer"), zip(RECORDS, ANSWERS, strict=True))
+@pytest.mark.parametrize(("task", "answer"), list(zip(RECORDS, ANSWERS, strict=True)))
 def test_the_sets_have_templates(task: str, answer: str) -> None:
     example = example_of(task, RECORDS[task])
     assert example == TEMPLATES[task](RECORDS[task])

@@ -142,8 +142,8 @@ def test_ctrl_c_leaves_the_partial_result(
 
     if what == "task":
         (tmp_path / "t.jsonl").write_text('{"prompt": "sea", "choices": ["a", "b"], "answer": "a"}\n' * 5)
-        judged = Judge.__call__
-        monkeypatch.setattr(Judge, "__call__", lambda *args: (stop(), judged(*args))[1])
+        judged = Judge.verdicts
+        monkeypatch.setattr(Judge, "verdicts", lambda *args: (verdict for verdict in judged(*args) if stop() is None))
         result = run("--task", f"mine={tmp_path / 't.jsonl'}")
         part = "interrupted; mine until then: 3 of 5 questions, accuracy"
     else:
