@@ -111,12 +111,12 @@ def share_slots(slots: int, num_experts: Sequence[int]) -> tuple[int, ...]:
     capacities = [0] * len(num_experts)
     slots = min(slots, sum(num_experts))
     while slots > 0:
-        open_layers = [i for i, count in enumerate(num_experts) if capacities[i] < count]
-        each, extra = divmod(slots, len(open_layers))
-        for position, i in enumerate(open_layers):
-            given = min(each + (position < extra), num_experts[i] - capacities[i])
-            capacities[i] += given
-            slots -= given
+        open_layers = [i for i, count in enumerate(num_experts) if capacities[i] < count][:slots]
+        room = min(num_experts[i] - capacities[i] for i in open_layers)
+        each = max(1, min(room, slots // len(open_layers)))
+        for i in open_layers:
+            capacities[i] += each
+        slots -= each * len(open_layers)
     return tuple(capacities)
 
 

@@ -43,7 +43,7 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The two calls that a download makes: the list of files, and each file. `repos`: name -> folder."""
+    """The calls that a download makes: the model, its list of files, each file. `repos`: name -> folder."""
 
     repos: dict[str, Path]
     tokens: list[str | None]
@@ -58,6 +58,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.tokens.append(self.headers.get("Authorization"))
         path = self.path.partition("?")[0].strip("/")
         for name, folder in self.repos.items():
+            if path.startswith(f"api/models/{name}/tree/"):
+                tree = [
+                    {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40}
+                    for f in sorted(folder.iterdir())
+                ]
+                return self.reply(200, json.dumps(tree).encode(), body)
             if path.startswith((f"api/models/{name}/revision/", f"api/models/{name}")) and "/resolve/" not in path:
                 files = [{"rfilename": f.name} for f in sorted(folder.iterdir())]
                 data = {"id": name, "sha": COMMIT, "siblings": files, "private": False, "tags": [], "downloads": 0}
