@@ -1,7 +1,4 @@
-"""Three prompts on a small MoE with room for half of its experts; then without a limit: the text is the same.
-
-python examples/demo.py [MODEL]      # default checkpoints/mini
-"""
+"""Three prompts on a small MoE (default checkpoints/mini) with room for half of its experts; then without a limit."""
 
 import sys
 from pathlib import Path
