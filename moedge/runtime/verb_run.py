@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\b
 Examples:
-  moedge run checkpoints/mini -p "The sea was" -n 64 --memory 400MiB
+  moedge run checkpoints/mini -p "The sea was" -n 64 --memory 600MiB
   moedge run ./OLMoE-1B-7B --memory 4GiB --temperature 0.7     # chat in a terminal
   moedge run ./OLMoE-1B-7B -f question.txt --chat --stop END --json
   echo "12 + 7 =" | moedge run checkpoints/mini
