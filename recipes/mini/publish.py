@@ -80,7 +80,8 @@ set of SST-2 (cut from its train set, so phrases overlap). Every figure below is
 
     python -m recipes.mini.evaluate checkpoints/mini --out checkpoints/mini/evaluation.json
 
-(which keeps what the file holds: delete it to measure afresh), and `python -m recipes.mini.publish card` writes them here.
+(which keeps what the file holds: delete it to measure afresh), and
+`python -m recipes.mini.publish card` writes them here.
 """
 
 
