@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\b
 Examples:
-  moedge eval checkpoints/mini --text novel.txt --memory 400MiB
+  moedge eval checkpoints/mini --text novel.txt --memory 600MiB
   moedge eval checkpoints/mini --task sst2=dev.jsonl --task mmlu=mmlu/val --limit 200
   moedge eval ./pruned --text novel.txt --reference ./OLMoE-1B-7B --json
 """
