@@ -35,7 +35,7 @@ bench: env       ## the offloading benchmark; needs root, 8 GB of disk and about
 	$(BIN)/python benchmarks/offload.py
 
 mini: env        ## train checkpoints/mini again; resumes where it stopped
-	$(BIN)/python -m recipes.mini.run --data $(DATA)
+	$(BIN)/python -m recipes.mini --data $(DATA)
 
 clean:           ## everything that make made, but not .venv
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* htmlcov build dist
