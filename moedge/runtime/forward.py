@@ -36,6 +36,13 @@ def last_logits(model: PreTrainedModel, ids: Sequence[int], cache: Any) -> tuple
     return cache, logits if sparing else logits.clone()
 
 
+def last_hidden(model: PreTrainedModel, ids: Sequence[int], cache: Any) -> tuple[Any, Tensor]:
+    """Append `ids` to `cache` (None: a new one); the cache, and what the head would read: hidden states [t, D]."""
+    output = model.base_model(input_ids=_row(model, ids), past_key_values=cache, use_cache=True, return_dict=True)
+    hidden: Tensor = output.last_hidden_state[0]
+    return _cache_of(model, output), hidden
+
+
 def all_logits(model: PreTrainedModel, ids: Sequence[int], cache: Any, first: int = 0) -> tuple[Any, Iterator[Tensor]]:
     """Append `ids` to `cache` (None: a new one); the cache, and the logits [t, V] of `ids[first:]` in pieces.
 

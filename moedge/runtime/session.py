@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moedge.errors import ContextError, DataError, ModelError
-from moedge.runtime.forward import all_logits, continues, croppable, last_logits, vocabulary
+from moedge.runtime.forward import all_logits, continues, croppable, last_hidden, last_logits, vocabulary
 
 T = TypeVar("T")
 
@@ -116,6 +116,12 @@ class Session:
         """Hold exactly `ids`; the logits [t, V] of positions `start` to the end, in chunks of positions in order."""
         for at, end in self._spans(self._rewind(ids, start), len(ids)):
             yield from self._append(ids[at:end], partial(all_logits, first=max(0, start - at)))
+
+    def hidden(self, ids: Sequence[int]) -> Iterator[Tensor]:
+        """Hold exactly `ids`, read anew; the last hidden states [t, D] of all positions, in chunks in order."""
+        self.reset()
+        for start, end in self._spans(0, len(ids)):
+            yield self._append(ids[start:end], last_hidden)
 
     def continues(self) -> bool:
         """Whether several tokens can be read at once from here on. The first time, that may have to be tried."""

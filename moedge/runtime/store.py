@@ -32,6 +32,15 @@ class Counters:
     bytes_read: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Glimpse:
+    """A layer after its last event: the experts that are resident, and which the event used and had to read."""
+
+    resident: tuple[int, ...] = ()
+    used: tuple[int, ...] = ()
+    missed: tuple[int, ...] = ()
+
+
 class ExpertStore(Protocol):
     """Gives experts to those who compute with them."""
 
@@ -95,6 +104,7 @@ class DiskStore:
     ) -> None:
         self.counters = Counters()
         self.caches = tuple(caches)
+        self.glimpses = [Glimpse() for _ in caches]  # replaced whole, so that any thread may read them
         self._map, self._reader = experts, reader
         self._slots = Slots(sum(c.capacity for c in caches) + spare, max(lay.nbytes for lay in experts.layouts))
         self._held: tuple[dict[int, int], ...] = tuple({} for _ in caches)  # per layer: resident expert -> slot
@@ -216,3 +226,5 @@ class _Event:
             self._free.append(self._held.pop(expert))
         for expert in self._store.caches[self._layer].resident - self._held.keys():
             self._store.caches[self._layer].forget(expert)
+        hits, misses = self._access.hits, self._access.misses
+        self._store.glimpses[self._layer] = Glimpse(tuple(self._held), hits + misses, misses)
