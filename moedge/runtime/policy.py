@@ -11,9 +11,9 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-HALF_LIFE = 16.0  # events after which a use counts half; 8 to 32 measure alike (benchmarks/policies.py)
-WINDOW = 1024  # Recall remembers between one and two windows of events
-NEIGHBOURS = 8  # past moments that Recall consults
+HALF_LIFE = 16.0  # events after which a use counts half; 8 to 24 measure alike (docs/log.md)
+WINDOW = 2048  # Recall remembers between one and two windows of events
+NEIGHBOURS = 12  # past moments that Recall consults
 REACH = 4  # events that make up the near future of a moment, at most
 RECALL_WEIGHT = 0.7  # of their mean vote beside the rate of use; 0.5 to 1 measure alike
 _LARGE = 2.0**512  # rescale decayed counts before a double overflows
@@ -198,14 +198,14 @@ class Recall:
     """Least likely to be used soon goes: by its recent rate of use, plus what followed the most similar past moments.
 
     Text repeats itself and so does its routing: this is a nearest-neighbour forecast, learnt while running. A moment's
-    likeness to now is twice the experts that the two events share, plus those that the events before them share. Up to
-    NEIGHBOURS moments vote, those most like now; each step less of likeness halves a vote, three void it. A vote counts
-    the uses in the next capacity/k events after the moment (about as long as a slot is kept), and half those in as many
-    events again, k being the experts of an event.
+    likeness to now is twice the experts that the two events share, plus those that the events one and two before them
+    share. Up to NEIGHBOURS moments vote, those most like now; each step less of likeness halves a vote, four void it.
+    A vote counts the uses in the next capacity/k events after the moment (about as long as a slot is kept), and half
+    those in as many events again, k being the experts of an event.
 
     Likeness is counted for all moments at once: per expert one integer has bit t set when moment t used it, and these
     are added up bit-sliced. With nothing to recall the ranking is AgeingLfu's. The last WINDOW to twice as many moments
-    are kept, about 0.1 MB per layer.
+    are kept, about 0.2 MB per layer.
     """
 
     def __init__(self, num_experts: int, capacity: int) -> None:
@@ -219,9 +219,7 @@ class Recall:
 
     def used(self, experts: Sequence[int], weights: Sequence[float] | None) -> None:
         self._rate.used(experts, weights)
-        self._in_moment = (
-            0 < 2 * len(experts) <= self._num_experts
-        )  # else a chunk of tokens, like everything and nothing
+        self._in_moment = 0 < 2 * len(experts) <= self._num_experts  # else a chunk, like everything and nothing
         if not self._in_moment:
             return
         marks, now = self._marks, len(self._starts) - 1
@@ -252,7 +250,7 @@ class Recall:
         votes, total = [0] * self._num_experts, 0
         neighbours = self._neighbours(now)
         for moment, likeness in neighbours:
-            weight = 4 >> (neighbours[0][1] - likeness)
+            weight = 8 >> (neighbours[0][1] - likeness)
             if not weight:
                 break
             after = starts[moment + 1]
@@ -268,8 +266,9 @@ class Recall:
         """The past moments most like moment `now`, and their likeness; the more recent first among equals."""
         uses, starts, marks = self._uses, self._starts, self._marks
         digits: list[int] = []  # bit t of digits[i] is bit i of moment t's likeness
-        for expert in uses[starts[now - 1] : starts[now]] if now else ():
-            _add(digits, marks[expert] << 1, 0)
+        for back in range(1, min(now, 2) + 1):
+            for expert in uses[starts[now - back] : starts[now - back + 1]]:
+                _add(digits, marks[expert] << back, 0)
         for expert in uses[starts[now] :]:
             _add(digits, marks[expert], 1)
         found: list[tuple[int, int]] = []

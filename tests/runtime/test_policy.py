@@ -165,7 +165,7 @@ def plain_neighbours(events: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
     found = []
     for t in range(now):
         likeness = 2 * len(set(events[t]) & set(events[now]))
-        likeness += len(set(events[t - 1]) & set(events[now - 1])) if t else 0
+        likeness += sum(len(set(events[t - back]) & set(events[now - back])) for back in (1, 2) if t >= back)
         if likeness:
             found.append((t, likeness))
     return sorted(found, key=lambda pair: (pair[1], pair[0]), reverse=True)[: module.NEIGHBOURS]
@@ -176,7 +176,7 @@ def plain_votes(events: Sequence[Sequence[int]], capacity: int, experts: int) ->
     reach = min(module.REACH, max(1, round(capacity / len(events[now]))))
     votes, total = [0] * experts, 0
     for t, likeness in neighbours:
-        weight = {0: 4, 1: 2, 2: 1}.get(neighbours[0][1] - likeness, 0)
+        weight = {0: 8, 1: 4, 2: 2, 3: 1}.get(neighbours[0][1] - likeness, 0)
         total += 2 * weight
         for d, event in enumerate(events[t + 1 : min(t + 1 + 2 * reach, now + 1)]):
             for expert in event:
