@@ -21,6 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "trace": ("moedge.runtime.verb_trace", "Record which experts a model's router chooses."),
     "replay": ("moedge.runtime.verb_replay", "Compare eviction policies on a recorded trace."),
     "eval": ("moedge.measure.verb_eval", "Measure perplexity, task accuracy and distance from a reference model."),
+    "serve": ("moedge.serve.verb_serve", "Serve a model over HTTP, as OpenAI's API and with a page to chat in."),
 }
 SHELLS = ("bash", "zsh", "fish")
 COMPLETE_VARIABLE = "_MOEDGE_COMPLETE"
