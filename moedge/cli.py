@@ -13,6 +13,7 @@ from typing import NoReturn
 import click
 
 from moedge.errors import MoedgeError
+from moedge.models.lean import lean_imports
 
 VERBS: dict[str, tuple[str, str]] = {
     "run": ("moedge.runtime.verb_run", "Answer a prompt, or chat, within a memory limit."),
@@ -21,6 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "trace": ("moedge.runtime.verb_trace", "Record which experts a model's router chooses."),
     "replay": ("moedge.runtime.verb_replay", "Compare eviction policies on a recorded trace."),
     "eval": ("moedge.measure.verb_eval", "Measure perplexity, task accuracy and distance from a reference model."),
+    "bench": ("moedge.serve.verb_bench", "Measure speed at memory limits, or a running server under load."),
     "serve": ("moedge.serve.verb_serve", "Serve a model over HTTP, as OpenAI's API and with a page to chat in."),
 }
 SHELLS = ("bash", "zsh", "fish")
@@ -87,6 +89,7 @@ def _quiet_exit(code: int) -> NoReturn:
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit the process. `args` defaults to sys.argv's."""
+    lean_imports()
     try:
         code = cli.main(args, prog_name="moedge", complete_var=COMPLETE_VARIABLE, standalone_mode=False)
         _quiet_exit(code if isinstance(code, int) else 0)

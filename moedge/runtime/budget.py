@@ -19,9 +19,7 @@ from moedge.runtime.store import READ_THREADS
 from moedge.units import format_size
 
 DEFAULT_CONTEXT = 2048  # tokens, where a limit is given and no context
-LATER_IMPORTS = (
-    40 << 20
-)  # what running adds to the process after planning: generation code, thread stacks, BLAS buffers
+LATER_IMPORTS = 24 << 20  # what running adds to the process after planning: code, thread stacks, BLAS buffers
 LOGITS = 16 << 20  # the least reserved for logits
 ACTIVATION_COPIES = 14  # hidden-size tensors alive at once in one decoder layer, with room for the allocator
 
