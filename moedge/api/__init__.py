@@ -1,1 +1,1 @@
-"""What every HTTP part shares: OpenAI's types, streams, errors, keys and limits. Knows no model. Needs moedge[serve]."""
+"""What every HTTP part shares: OpenAI's types, streams, errors, keys, limits. Knows no model. Needs moedge[serve]."""

@@ -88,8 +88,8 @@ async def _validation_error(_: Request, error: Exception) -> Response:
 
 
 def from_validation(errors: Any) -> ApiError:
-    """The first complaint of pydantic's, without the input itself."""
-    first = errors[0]
+    """One complaint of pydantic's, without the input itself: an unknown name, which explains the others, or the first."""
+    first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
     place = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "unreadable")

@@ -43,7 +43,7 @@ class Limits:
         size = 0
         try:
             chunks, size = await self._body(scope, receive)
-        except _Gone:
+        except _GoneError:
             return
         except ApiError as error:
             error.headers["connection"] = "close"
@@ -70,7 +70,7 @@ class Limits:
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise _Gone
+                        raise _GoneError
                     more = message.get("more_body", False)
                     chunk = message.get("body", b"")
                     total += len(chunk)
@@ -97,7 +97,7 @@ class Limits:
         return ApiError(413, f"the body is larger than {most}: send a shorter prompt", code="body_too_large")
 
 
-class _Gone(Exception):
+class _GoneError(Exception):
     """The client left before its request was complete."""
 
 

@@ -1,4 +1,4 @@
-"""OpenAI's requests, as far as one text model can serve them. Knows no model: ranges that depend on it are checked later.
+"""OpenAI's requests, as far as one text model can serve them. Knows no model: what depends on it is checked later.
 
 What would change the answer and is not supported is refused by name; what changes nothing is accepted and ignored.
 """

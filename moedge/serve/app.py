@@ -49,7 +49,7 @@ class Access:
 
     keys: Mapping[str, str] = field(default_factory=dict)
     origins: Sequence[str] = ()
-    bodies: BodyLimits = BodyLimits()
+    bodies: BodyLimits = field(default_factory=BodyLimits)
 
 
 def make_app(service: Service, access: Access | None = None) -> FastAPI:
@@ -205,7 +205,7 @@ def _add_model(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/embeddings", responses=FAILURES)
     async def embeddings(request: Request, body: EmbeddingRequest) -> EmbeddingList:
-        """The mean over all tokens of the model's last hidden states, not normalised. The model is not trained for it."""
+        """The mean over all tokens of the model's last hidden states, not normalised; no model is trained for it."""
         lm, vectors, tokens = service.lm, [], 0
         service.check_model(body.model)
         session = new_session(lm)
@@ -231,9 +231,8 @@ def _add_model(app: FastAPI, service: Service) -> None:
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "give prompt or messages, one of the two", param="prompt")
         prompt: Prompt = [m.plain() for m in body.messages] if body.messages else body.prompt or ""
-        ids: list[int] = []
-        async for _, ids in _answers(request, service, [(tokenising(lm, prompt), lambda: 0)], brief=True):
-            pass
+        answers = _answers(request, service, [(tokenising(lm, prompt), lambda: 0)], brief=True)
+        _, ids = await anext(answers)
         return Tokens(tokens=ids, count=len(ids), max_model_len=context_of(lm))
 
 

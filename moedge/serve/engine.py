@@ -1,8 +1,8 @@
 """Many jobs, one model thread: their steps take turns and are never batched, so each computes what it would alone.
 
 A job is an iterator; the first item is its admission (quick, done as soon as it arrives), each further one a slice of
-work: None while a prompt is being read, an event for whoever asked otherwise. Every slot that decodes gets one slice per
-round, and of those that read a prompt only the first one does, so nobody waits longer than one chunk. Knows no model.
+work: None while a prompt is being read, otherwise an event for whoever asked. Each job that decodes gets one slice per
+round, and of those that read a prompt only the first does, so nobody waits longer than one chunk. Knows no model.
 """
 
 import logging
@@ -15,7 +15,7 @@ from typing import Any
 log = logging.getLogger("moedge.serve")
 
 
-class Busy(Exception):
+class BusyError(Exception):
     """No room in the queue. `seconds`: when it is worth trying again."""
 
     def __init__(self, seconds: int) -> None:
@@ -23,7 +23,7 @@ class Busy(Exception):
         self.seconds = seconds
 
 
-class Closed(Exception):
+class ClosedError(Exception):
     """The engine is shutting down and takes, or finishes, no more."""
 
 
@@ -79,12 +79,12 @@ class Engine:
         return sum(job.held() for job in self._running.copy())
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """All of `jobs`, or Busy, or Closed."""
+        """All of `jobs`, or BusyError, or ClosedError."""
         with self._changed:
             if not self._accepting:
-                raise Closed("the server is shutting down")
+                raise ClosedError("the server is shutting down")
             if self._known + len(jobs) > self.parallel + self.queue:
-                raise Busy(min(60, max(1, round(self._between_ends))))
+                raise BusyError(min(60, max(1, round(self._between_ends))))
             self._known += len(jobs)
             self._arrived.extend(jobs)
             self._changed.notify()
@@ -116,7 +116,7 @@ class Engine:
         finally:
             self.end()
             for job in [*self._arrived, *self._waiting, *self._running]:
-                self._finish(job, Ended(Closed("the server shut down before the answer was complete")))
+                self._finish(job, Ended(ClosedError("the server shut down before the answer was complete")))
             self._arrived.clear()
             self._waiting.clear()
             self._running.clear()
@@ -132,7 +132,7 @@ class Engine:
             self._admit(self._arrived.popleft())
         for job in [job for job in self._waiting if job.stopped or not self._accepting]:
             self._waiting.remove(job)
-            self._finish(job, Ended(None if job.stopped else Closed("the server is shutting down")))
+            self._finish(job, Ended(None if job.stopped else ClosedError("the server is shutting down")))
         while self._waiting and len(self._running) < self.parallel:
             self._running.append(self._waiting.popleft())
         reader = next((job for job in self._running if job.reading), None)

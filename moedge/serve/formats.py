@@ -3,7 +3,7 @@
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from moedge.api.responses import (
     ChatChoice,
@@ -43,8 +43,8 @@ class CompletionFormat:
     """/v1/completions."""
 
     def __init__(self, model: str, include_usage: bool) -> None:
-        self._head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self._more = {"usage": None} if include_usage else {}
+        self._head: dict[str, Any] = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._more: dict[str, Any] = {"usage": None} if include_usage else {}
         self._offsets: dict[int, int] = {}
 
     def opening(self, index: int) -> str | None:
@@ -98,8 +98,8 @@ class ChatFormat:
     """/v1/chat/completions."""
 
     def __init__(self, model: str, include_usage: bool) -> None:
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self._more = {"usage": None} if include_usage else {}
+        self._head: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._more: dict[str, Any] = {"usage": None} if include_usage else {}
 
     def opening(self, index: int) -> str | None:
         return self._dump(index, ChatDelta(role="assistant", content=""))

@@ -45,53 +45,61 @@ def is_local(listener: socket.socket) -> bool:
     return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
+class _Timer:
+    """Calls `action` in `seconds`, unless it is cancelled before. Starting it again changes nothing."""
+
+    def __init__(self, seconds: float, action: Callable[[], None]) -> None:
+        self._seconds, self._action = seconds, action
+        self._handle: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        if self._handle is None:
+            self._handle = asyncio.get_running_loop().call_later(self._seconds, self._action)
+
+    def cancel(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+
+
 class Connection(H11Protocol):
     """uvicorn's connection, with a time for headers and for reading answers, and at most MAX_CONNECTIONS of them."""
 
-    _header_timer: asyncio.TimerHandle | None = None
-    _write_timer: asyncio.TimerHandle | None = None
-
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self._header, self._write = (
+            _Timer(HEADER_SECONDS, transport.abort),
+            _Timer(WRITE_SECONDS, transport.abort),
+        )
         if len(self.connections) > MAX_CONNECTIONS:
             transport.abort()
             return
         transport.set_write_buffer_limits(high=0)  # so that anything not taken is noticed
-        self._await_header()
+        self._header.start()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._await_header()
+        if self.cycle is None or self.cycle.response_complete:
+            self._header.start()
+        else:
+            self._header.cancel()
+
+    def on_response_complete(self) -> None:
+        self._header.cancel()  # until there are new data, uvicorn's time for idle connections counts
+        super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._header_timer = _cancel(self._header_timer)
-        self._write_timer = _cancel(self._write_timer)
+        self._header.cancel()
+        self._write.cancel()
         super().connection_lost(exc)
-
-    def _await_header(self) -> None:
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._header_timer = _cancel(self._header_timer)
-        elif self._header_timer is None:
-            self._header_timer = self.loop.call_later(HEADER_SECONDS, self._no_header)
-
-    def _no_header(self) -> None:
-        self._header_timer = None
-        if self.cycle is None or self.cycle.response_complete:
-            self.transport.abort()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        if self._write_timer is None:
-            self._write_timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+        self._write.start()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._write_timer = _cancel(self._write_timer)
-
-
-def _cancel(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
+        self._write.cancel()
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,7 @@ class Server(uvicorn.Server):
                 ws="none",
                 loop="asyncio",
                 lifespan="off",
-                log_level="warning",
+                log_level="error",
                 access_log=False,
                 server_header=False,
                 backlog=512,

@@ -15,7 +15,7 @@ from moedge.api.errors import ApiError
 from moedge.errors import MoedgeError
 from moedge.runtime.lm import LM
 from moedge.runtime.session import context_of
-from moedge.serve.engine import Busy, Closed, Ended, Engine, Job
+from moedge.serve.engine import BusyError, ClosedError, Ended, Engine, Job
 from moedge.serve.metrics import Metrics
 from moedge.serve.work import Accepted, Piece, can_chat
 
@@ -144,12 +144,12 @@ class Answers:
         self._open = set(range(len(works)))
         try:
             service.engine.submit(self._jobs)
-        except Busy as error:
+        except BusyError as error:
             service.metrics.refused["queue"] += 1
             headers = {"retry-after": str(error.seconds)}
             message = f"the queue of {service.engine.queue} is full: try again in {error.seconds} s"
             raise ApiError(429, message, code="queue_full", headers=headers) from error
-        except Closed as error:
+        except ClosedError as error:
             raise _closed(error) from error
 
     def _put(self, index: int, event: Any) -> None:
@@ -201,7 +201,7 @@ class Answers:
 
     def _failed(self, end: Ended) -> ApiError:
         error, metrics = end.error, self._service.metrics
-        if isinstance(error, Closed):
+        if isinstance(error, ClosedError):
             return _closed(error)
         if not end.admitted and isinstance(error, (MoedgeError, ValueError)):
             metrics.refused["invalid"] += 1
@@ -220,5 +220,5 @@ class Answers:
             self._open.clear()
 
 
-def _closed(error: Closed) -> ApiError:
+def _closed(error: ClosedError) -> ApiError:
     return ApiError(503, f"{error}: send it again to another server, or later", code="shutting_down")

@@ -1,4 +1,4 @@
-"""`moedge serve`: one model over HTTP until it is told to stop. Knows the options; the server is in the other modules."""
+"""`moedge serve`: one model over HTTP until it is told to stop. Knows the options; what they do is elsewhere."""
 
 import json
 import logging

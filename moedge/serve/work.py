@@ -6,11 +6,12 @@ which alone uses the model and its tokenizer.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 import torch
 
+from moedge.api.responses import Finish
 from moedge.errors import CheckpointError, ContextError, DataError, ModelError
 from moedge.runtime.generate import Prompt, Step, end_tokens, prompt_ids
 from moedge.runtime.lm import LM
@@ -39,7 +40,7 @@ class Piece:
 
     text: str
     likely: Likely | None
-    finish: str | None
+    finish: Finish | None
 
 
 def can_chat(lm: LM) -> bool:
@@ -76,7 +77,7 @@ def answering(
     if session is not None:
         yield from _read(session, ids)
     for step in steps:
-        yield Piece(step.text, _likely(lm, step), step.finish)
+        yield Piece(step.text, _likely(lm, step), cast(Finish | None, step.finish))
 
 
 def _read(session: Session, ids: Sequence[int]) -> Iterator[None]:
