@@ -1,0 +1,95 @@
+"""What a measured figure has to be read with: device, load, commit, the disk's settings. Imports no torch."""
+
+import mmap
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from moedge.runtime.device import cores
+
+PACKAGE = Path(__file__).resolve().parent.parent
+DROP_CACHES = Path("/proc/sys/vm/drop_caches")
+PAGE = 4096
+
+
+def surroundings() -> dict[str, Any]:
+    """Device, load average, version, commit and date."""
+    return {
+        "device": {
+            "cpu": cpu_name(),
+            "cores": cores(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "system": platform.platform(terse=True),
+        },
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "version": version("moedge"),
+        "commit": commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def commit(package: Path = PACKAGE) -> str | None:
+    """Short hash of the commit that this package runs from, with + when its files differ; None when it is installed."""
+    try:
+        if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
+            return None  # installed, perhaps inside somebody else's repository
+        head = _git(package, "rev-parse", "--short", "HEAD")
+        changed = _git(package, "diff", "--quiet", "HEAD", "--", ".") is None
+    except FileNotFoundError:  # no git here
+        return None
+    return None if head is None else head + ("+" if changed else "")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git prints, None where it fails."""
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
+    return None if done.returncode else done.stdout.strip()
+
+
+def readahead_kib(file: Path) -> int | None:
+    """What the kernel reads ahead on the disk that holds `file`; None where it does not say."""
+    device = os.stat(file).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    block = Path(f"/sys/dev/block/{number}")
+    places = [Path(f"/sys/class/bdi/{number}/read_ahead_kb")]
+    if block.exists():  # a partition: its disk has the setting
+        places.append(block.resolve().parent / "queue" / "read_ahead_kb")
+    return next((int(place.read_text()) for place in places if place.exists()), None)
+
+
+def reads_past_page_cache(file: Path) -> bool:
+    """Whether O_DIRECT works on `file`, as expert reads try it."""
+    if not hasattr(os, "O_DIRECT"):
+        return False
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_DIRECT)
+        try:
+            os.preadv(fd, [mmap.mmap(-1, PAGE)], 0)
+        finally:
+            os.close(fd)
+    except OSError:
+        return False
+    return True
+
+
+def drop_page_cache() -> bool:
+    """Have the kernel forget every cached page of the machine; False where that is not allowed (Linux, root)."""
+    if not os.access(DROP_CACHES, os.W_OK):
+        return False
+    os.sync()
+    try:
+        DROP_CACHES.write_text("3")
+    except OSError:  # root of a container that must not
+        return False
+    return True
