@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 DATA ?= ../shared/data
 
-.PHONY: help env demo test check bench docs mini clean
+.PHONY: help env demo test test-browser check bench docs mini clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
@@ -20,6 +20,9 @@ demo: env        ## three prompts on the mini model with room for half of its ex
 
 test: env        ## every test
 	$(BIN)/python -m pytest
+
+test-browser: env ## the page of moedge serve in headless Chromium; SCREENSHOT=docs/serve-page.png takes a picture
+	$(BIN)/python -m pytest -m browser tests/browser
 
 check: env       ## lint, format, types, generated docs
 	$(BIN)/ruff check .
