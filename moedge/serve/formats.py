@@ -89,9 +89,14 @@ class CompletionFormat:
         return CompletionLogprobs(
             tokens=[likely.text for likely in found],
             token_logprobs=[likely.logprob for likely in found],
-            top_logprobs=[dict(likely.top) for likely in found],
+            top_logprobs=[_most_likely(likely) for likely in found],
             text_offset=offsets,
         )
+
+
+def _most_likely(likely: Likely) -> dict[str, float]:
+    """By text. Tokens that are parts of characters may look alike: the first, most likely one counts."""
+    return {text: logprob for text, logprob in reversed(likely.top)}
 
 
 class ChatFormat:
