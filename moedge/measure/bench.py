@@ -105,7 +105,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     if index.exists():
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"index {index} is not readable ({error!r}): fetch it again") from error
         return tuple(sorted(folder / name for name in names))
     files = tuple(sorted(folder.glob("*.safetensors")))

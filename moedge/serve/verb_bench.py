@@ -91,7 +91,7 @@ def command(
     """Measure how fast MODEL reads and writes within memory limits, or a server with --url."""
     if here is not None:
         return speak(here)
-    given = {name for name in options if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
+    given = {name for name in ctx.params if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
     if wrong := given.intersection(URL_ONLY if options["url"] is None else LOCAL_ONLY):
         flag = "--" + min(wrong).replace("_", "-")
         raise click.UsageError(f"{flag} is for {'a server: give --url' if options['url'] is None else 'a local MODEL'}")
