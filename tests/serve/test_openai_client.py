@@ -6,7 +6,6 @@ from typing import Any
 import openai
 import pytest
 
-
 PROMPT = "The sea was"
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Wer bist du? 中文 🌍"}]
 GREEDY: dict[str, Any] = {"model": "tiny", "temperature": 0}
