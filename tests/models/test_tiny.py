@@ -53,6 +53,12 @@ def test_tokens_take_different_experts_and_logits_differ(tiny: Tiny) -> None:
     assert len(set(logits.argmax(-1).flatten().tolist())) > 8
 
 
+def test_biases_are_noise_so_that_a_forgotten_one_shows(tiny: Tiny) -> None:
+    biases = [t for name, t in tensors(tiny("gpt_oss")).items() if name.endswith("bias")]
+    assert len(biases) > 4
+    assert all(bias.min() < 0 < bias.max() for bias in biases)
+
+
 def test_the_table_of_deepseek_v4_names_experts(tiny: Tiny) -> None:
     tables = [t for name, t in tensors(tiny("deepseek_v4")).items() if name.endswith("tid2eid")]
     assert tables
