@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,11 +86,14 @@ class Seen:
 class Crowd:
     """Clients of one server that speak HTTP by hand, which costs the machine less than a library does."""
 
-    def __init__(self, url: str, asked: list[dict[str, Any]], answers: list[str], seed: int) -> None:
+    def __init__(
+        self, url: str, asked: list[dict[str, Any]], answers: list[str], seed: int, hostile: Collection[str] = ()
+    ) -> None:
         self._host, port = url.removeprefix("http://").split(":")
         self._port = int(port)
         self._asked, self._answers = asked, answers
         self._random = random.Random(seed)
+        self._hostile = list(hostile or HOSTILE)
         self.seen = Seen()
 
     async def run(self, clients: int, seconds: float, hostile: int) -> None:
@@ -133,7 +136,7 @@ class Crowd:
             self.seen.wrong.append(f"{self._asked[index]['prompt'][:30]!r} -> {text[:60]!r}")
 
     async def _misbehave(self) -> None:
-        name = self._random.choice(list(HOSTILE))
+        name = self._random.choice(self._hostile)
         try:
             outcome = await HOSTILE[name](self)
         except (ConnectionError, asyncio.IncompleteReadError):

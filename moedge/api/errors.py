@@ -88,7 +88,7 @@ async def _validation_error(_: Request, error: Exception) -> Response:
 
 
 def from_validation(errors: Any) -> ApiError:
-    """One complaint of pydantic's, without the input itself: an unknown name, which explains the others, or the first."""
+    """One of pydantic's complaints, without the input: an unknown name, which explains the others, or the first."""
     first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
     place = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":

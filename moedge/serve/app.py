@@ -13,6 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from moedge.api.errors import ApiError, documented, install
@@ -45,10 +46,15 @@ FAILURES = documented(400, 401, 404, 408, 413, 429, 503, 504)
 
 @dataclass(frozen=True)
 class Access:
-    """Who may ask, and how much at once. `keys`: name to hash, none means anybody. `origins`: web pages' (CORS)."""
+    """Who may ask, and how much at once. `keys`: name to hash, none means anybody. `origins`: web pages' (CORS).
+
+    `hosts`: names under which the server may be called, none means any. A web page can give this machine a name of its
+    own and be let in as the same origin: that name is refused here.
+    """
 
     keys: Mapping[str, str] = field(default_factory=dict)
     origins: Sequence[str] = ()
+    hosts: Sequence[str] = ()
     bodies: BodyLimits = field(default_factory=BodyLimits)
 
 
@@ -65,6 +71,8 @@ def make_app(service: Service, access: Access | None = None) -> FastAPI:
     app.add_middleware(Limits, limits=access.bodies)
     if access.keys:
         app.add_middleware(RequireKey, keys=access.keys, open_paths=OPEN)
+    if access.hosts:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(access.hosts), www_redirect=False)
     if access.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(access.origins), allow_methods=["GET", "POST"], allow_headers=["*"]

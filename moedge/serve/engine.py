@@ -139,6 +139,7 @@ class Engine:
         for job in self._running.copy():
             if (job is reader or not job.reading or job.stopped) and not self._slice(job):
                 self._running.remove(job)
+                self._note_end()
 
     def _admit(self, job: Job) -> None:
         if self._slice(job, admitted=False):
@@ -170,10 +171,13 @@ class Engine:
         close = getattr(job.work, "close", None)
         if close is not None:
             close()
-        now = time.monotonic()
         with self._changed:
             self._known -= 1
-            if not job.brief and self._last_end:
-                self._between_ends += 0.2 * (now - self._last_end - self._between_ends)
-            self._last_end = now
         job.deliver(end)
+
+    def _note_end(self) -> None:
+        """Learn how long it takes until a place is free, from ends while somebody waits."""
+        now = time.monotonic()
+        if self._last_end and self._waiting:
+            self._between_ends += 0.2 * (now - self._last_end - self._between_ends)
+        self._last_end = now if self._running else 0.0

@@ -96,7 +96,7 @@ class CompletionFormat:
 
 def _most_likely(likely: Likely) -> dict[str, float]:
     """By text. Tokens that are parts of characters may look alike: the first, most likely one counts."""
-    return {text: logprob for text, logprob in reversed(likely.top)}
+    return dict(reversed(likely.top))
 
 
 class ChatFormat:

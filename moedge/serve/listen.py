@@ -45,6 +45,11 @@ def is_local(listener: socket.socket) -> bool:
     return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
+def own_names(listener: socket.socket) -> tuple[str, ...]:
+    """How clients on this machine call it, where only they can connect; else empty."""
+    return ("localhost", listener.getsockname()[0]) if is_local(listener) and listener.family == socket.AF_INET else ()
+
+
 class _Timer:
     """Calls `action` in `seconds`, unless it is cancelled before. Starting it again changes nothing."""
 

@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -153,8 +154,9 @@ class Answers:
             raise _closed(error) from error
 
     def _put(self, index: int, event: Any) -> None:
-        """On the model's thread."""
-        self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+        """On the model's thread. A last step may outlive the server: nobody is there to be told then."""
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
     def __aiter__(self) -> "Answers":
         return self

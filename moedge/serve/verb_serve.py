@@ -1,9 +1,7 @@
 """`moedge serve`: one model over HTTP until it is told to stop. Knows the options; what they do is elsewhere."""
 
-import json
 import logging
 import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +9,7 @@ import click
 
 from moedge.errors import DataError
 from moedge.runtime.opening import NAMES, load_options
-from moedge.terminal import SIZE, console, json_option
+from moedge.terminal import SIZE, console, json_option, print_json
 from moedge.units import format_size
 
 if TYPE_CHECKING:
@@ -33,7 +31,9 @@ Examples:
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 is any free one.")
 @click.option("--name", help="What clients call the model. By default the last part of its path.")
 @click.option("--queue", type=click.IntRange(0), default=16, show_default=True, help="Requests that may wait.")
-@click.option("--api-keys", type=click.Path(path_type=Path, dir_okay=False), help="File of keys' hashes; see below.")
+@click.option(
+    "--api-keys", type=click.Path(path_type=Path, dir_okay=False), help="Ask for a key of this file; see below."
+)
 @click.option("--cors", multiple=True, metavar="ORIGIN", help="Allow web pages of this origin, or * for any.")
 @click.option("--max-body", type=SIZE, default="1MiB", show_default=True, help="Largest request.")
 @click.option("--timeout", type=click.FloatRange(1), default=600.0, show_default=True, help="Seconds for one request.")
@@ -52,22 +52,26 @@ def command(model: str, as_json: bool, **options: Any) -> None:
     from moedge.api.keys import read_keys
     from moedge.api.limits import BodyLimits
     from moedge.serve.app import Access, make_app
-    from moedge.serve.listen import Server, Stages, bind, is_local, url_of
+    from moedge.serve.listen import Server, Stages, bind, is_local, own_names, url_of
     from moedge.serve.service import Service
 
     keys = {} if options["api_keys"] is None else read_keys(options["api_keys"])
-    access = Access(keys, options["cors"], BodyLimits(one=options["max_body"], together=16 * options["max_body"]))
+    bodies = BodyLimits(one=options["max_body"], together=16 * options["max_body"])
     loading = {name: options[name] for name in NAMES}
     service = Service(
-        options["name"] or _name(model), lambda: _load(model, loading), options["parallel"], options["queue"],
-        options["timeout"],
-    )  # fmt: skip
+        name=options["name"] or _name(model),
+        load=lambda: _load(model, loading),
+        parallel=options["parallel"],
+        queue=options["queue"],
+        seconds=options["timeout"],
+    )
     with bind(options["host"], options["port"]) as listener:
         if not keys and not is_local(listener):
             console.print(
                 "[yellow]Anybody who reaches this machine can use the model: --api-keys asks for keys.[/yellow]"
             )
         url = url_of(listener)
+        access = Access(keys, options["cors"], () if keys else own_names(listener), bodies)
         if not as_json:
             console.print(f"loading {model}, listening on {url}")
         stages = Stages(
@@ -116,11 +120,10 @@ def _announce(service: "Service", url: str, as_json: bool) -> None:
     """On the model's thread, when it is ready."""
     plan = service.lm.plan
     if as_json:
-        print(json.dumps({"url": url, "model": service.name, "plan": plan.as_dict()}), flush=True)
+        print_json({"url": url, "model": service.name, "plan": plan.as_dict()})
         return
     limit = "no memory limit" if plan.limit is None else f"at most {format_size(plan.limit)}"
     share = f"{100 * plan.resident_share:.0f}% of the experts fit in memory"
     context = "the model's context" if plan.context is None else f"{plan.context} tokens"
     console.print(f"{service.name} is ready: {limit}, {share}, {plan.parallel} answers at once of {context} each")
     console.print(f"page {url}/, API {url}/v1, Ctrl-C ends", highlight=False)
-    sys.stderr.flush()

@@ -74,10 +74,14 @@ def answering(
     more = {} if session is None else {"session": session}
     steps = lm.generate(ids, max_tokens or 1024, **settings, **more)
     yield Accepted(len(ids))
-    if session is not None:
-        yield from _read(session, ids)
-    for step in steps:
-        yield Piece(step.text, _likely(lm, step), cast(Finish | None, step.finish))
+    try:
+        if session is not None:
+            yield from _read(session, ids)
+        for step in steps:
+            yield Piece(step.text, _likely(lm, step), cast(Finish | None, step.finish))
+    finally:
+        if session is not None:
+            session.reset()  # its place is given away now, whoever still holds the session
 
 
 def _read(session: Session, ids: Sequence[int]) -> Iterator[None]:
@@ -126,12 +130,15 @@ def embedding(lm: LM, session: Session | None, inputs: Sequence[str | list[int]]
         check_length(lm, len(ids))
     yield Accepted(sum(map(len, rows)))
     means: list[list[float]] = []
-    for ids in rows:
-        total: Any = 0
-        for hidden in session.hidden(ids):  # [t, D]
-            total = total + hidden.sum(0, dtype=torch.float32)
-            yield None
-        means.append((total / len(ids)).tolist())
+    try:
+        for ids in rows:
+            total: Any = 0
+            for hidden in session.hidden(ids):  # [t, D]
+                total = total + hidden.sum(0, dtype=torch.float32)
+                yield None
+            means.append((total / len(ids)).tolist())
+    finally:
+        session.reset()
     yield means
 
 

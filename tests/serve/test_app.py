@@ -172,6 +172,17 @@ def test_cors_is_off_unless_told(http: httpx.Client, serve: Any, model: Path) ->
         assert refused.headers["access-control-allow-origin"] == "https://page.example"  # a page can read why
 
 
+def test_a_name_that_a_web_page_made_up_is_refused(serve: Any, model: Path) -> None:
+    running = serve(lambda: moedge.load(model), access=Access(hosts=["localhost", "127.0.0.1"]))
+    for host, status in (
+        ("127.0.0.1:1", 200),
+        ("localhost", 200),
+        ("evil.example", 400),
+        ("127.0.0.1.evil.example", 400),
+    ):
+        assert httpx.get(f"{running.url}/cache", headers={"host": host}).status_code == status
+
+
 def test_keys(serve: Any, model: Path, tmp_path: Path) -> None:
     (key, line), (_, other) = make_key("laptop"), make_key("phone")
     (tmp_path / "keys.txt").write_text(f"# ours\n\n{other}\n{line}\n")
