@@ -56,6 +56,7 @@ class Page:
         self.chrome = chrome
         chrome.switch_to.new_window("tab")
         self.look()
+        chrome.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
         for kind in ("browser", "performance"):
             chrome.get_log(kind)  # what other tabs left
 
@@ -85,9 +86,15 @@ class Page:
     def all(self, selector: str) -> list[WebElement]:
         return self.chrome.find_elements(By.CSS_SELECTOR, selector)
 
-    def press(self, *keys: str) -> None:
-        """On the keyboard, wherever the focus is."""
-        webdriver.ActionChains(self.chrome).send_keys(*keys).perform()
+    def press(self, *keys: str, hold: str = "") -> None:
+        """On the keyboard, wherever the focus is; `hold` is held down meanwhile."""
+        actions = webdriver.ActionChains(self.chrome)
+        if hold:
+            actions.key_down(hold)
+        actions.send_keys(*keys)
+        if hold:
+            actions.key_up(hold)
+        actions.perform()
 
     def wait(self, holds: Callable[[], Any], what: str) -> Any:
         until = time.monotonic() + 40

@@ -64,7 +64,7 @@ def figures_are_those_of_the_server(page: Page, served: Served, before: dict[str
     assert f"The last step used {used};" in page["summary"].text
     assert page["picture"].get_attribute("aria-label") == f"Expert cache. {page['summary'].text}"
     page["rows"].find_element("tag name", "summary").click()
-    cells = [row.text for row in page.all("#layers tr")]
+    cells = page.wait(lambda: [row.text for row in page.all("#layers tr")], "the table")
     assert cells == [
         f"{layer['layer']} {len(layer['resident'])} of 32 {len(layer['used'])} {len(layer['missed'])}"
         for layer in now["layers"]
@@ -79,7 +79,8 @@ def test_an_answer_is_stopped_and_the_conversation_goes_on(served: Served, page:
     page.rest()
     assert page.note.startswith("stopped · ")
     page.wait(lambda: served.get("/cache")["requests_running"] == 0, "the server to stop")
-    stopped = page.answer
+    stopped = page.run("return turns.at(-1).text")
+    assert stopped.split() == page.answer.split()
     page.requests()
     page.set(temperature=0, max_tokens=20)
     page.ask("12 - 40 =")

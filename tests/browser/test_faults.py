@@ -54,7 +54,7 @@ def test_a_full_queue_is_said_with_the_time_to_wait(served: Served, page: Page) 
 
 
 def test_a_lost_connection_is_said_and_found_again(half: int, page: Page) -> None:
-    first = Served("--memory", half, "--port", 0)
+    first = Served("--memory", half, "--parallel", 1, "--port", 0)
     page.open(first.url)
     page.wait_for("state", "ready")
     page.ask_long()
@@ -64,7 +64,7 @@ def test_a_lost_connection_is_said_and_found_again(half: int, page: Page) -> Non
         "The connection to the server is lost. Check that moedge serve is still running" in page.all(".fault")[0].text
     )
     page.wait_for("state", "not connected, trying again")
-    second = Served("--memory", half, "--port", first.url.rsplit(":")[-1])
+    second = Served("--memory", half, "--parallel", 1, "--port", first.url.rsplit(":")[-1])
     try:
         page.wait_for("state", "ready")
         page.set(max_tokens=5)
