@@ -21,6 +21,7 @@ from moedge.runtime.device import return_freed_memory
 from moedge.runtime.experts import IMPLEMENTATION, ExpertSource, connect, register, take_out_experts
 from moedge.runtime.generate import Prompt, Step, generate
 from moedge.runtime.policy import POLICIES, LayerCache
+from moedge.runtime.prefetch import Prefetcher
 from moedge.runtime.reader import DirectReader
 from moedge.runtime.store import DiskStore
 from moedge.units import format_size, parse_size
@@ -28,6 +29,8 @@ from moedge.units import format_size, parse_size
 
 class LM:
     """A loaded model. `.model` is the transformers model; `.store` holds the experts that are in memory.
+
+    `.prefetcher` guesses which are needed next, None where all are in memory.
 
     Close it, or use it in a `with` statement: its files and threads are released then.
     """
@@ -46,6 +49,7 @@ class LM:
         self._tokenizer = tokenizer
         self._folder = blueprint.folder
         connect(sources, store)
+        self.prefetcher = None if plan.capacities == plan.num_experts else Prefetcher(model, self.anatomy, store)
         self._release = weakref.finalize(self, _release, store, blueprint, sources)
         model.register_forward_pre_hook(_Guard(plan), with_kwargs=True)
 

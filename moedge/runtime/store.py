@@ -108,6 +108,7 @@ class DiskStore:
         self._map, self._reader = experts, reader
         self._slots = Slots(sum(c.capacity for c in caches) + spare, max(lay.nbytes for lay in experts.layouts))
         self._held: tuple[dict[int, int], ...] = tuple({} for _ in caches)  # per layer: resident expert -> slot
+        self._ahead: dict[tuple[int, int], tuple[Future[int], int]] = {}  # (layer, expert) -> its early read, its slot
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="moedge-read")
         self._event = threading.Lock()
         self._owner: int | None = None
@@ -129,6 +130,41 @@ class DiskStore:
                 yield from event.misses()
             finally:
                 event.finish()
+
+    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
+        """Start to read those of `experts` that are not in memory, as far as slots are free, for the next event.
+
+        A guess: what it holds changes no cache, and an event of that layer that does not ask for it gives it up.
+        """
+        if not self._event.acquire(blocking=False):  # another thread's event is under way, it needs the slots
+            return
+        try:
+            free = self._slots.free
+            for expert in experts:
+                if len(free) < 2:  # one remains, so that an event of any layer gets on
+                    return
+                if expert not in self._held[layer] and (layer, expert) not in self._ahead:
+                    slot = free.pop()
+                    self._ahead[layer, expert] = self._pool.submit(self._load, layer, expert, slot), slot
+        finally:
+            self._event.release()
+
+    def _claim(self, layer: int, experts: Sequence[int]) -> dict[Future[int], tuple[int, int]]:
+        """The early reads of `experts` (all of one layer); wrong guesses that have ended give their slots back."""
+        claimed = {}
+        for key, (future, slot) in list(self._ahead.items()):
+            if key[0] == layer and key[1] in experts:
+                claimed[future] = (key[1], slot)
+            elif future.cancel():
+                self._slots.free.append(slot)
+            elif future.done():
+                if not future.exception():  # a guess that cannot be read is no error until someone needs it
+                    self.counters.bytes_read += future.result()
+                self._slots.free.append(slot)
+            else:
+                continue
+            del self._ahead[key]
+        return claimed
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -182,8 +218,9 @@ class _Event:
         self._store, self._layer, self._access = store, layer, access
         self._leaving = frozenset(access.evicted)
         self._held, self._free = store._held[layer], store._slots.free
-        self._waiting = deque(access.misses)
-        self._reading: dict[Future[int], tuple[int, int]] = {}
+        self._reading = store._claim(layer, access.misses)
+        early = {expert for expert, _ in self._reading.values()}
+        self._waiting = deque(expert for expert in access.misses if expert not in early)
         store.counters.hits += len(access.hits)
         store.counters.misses += len(access.misses)
         for expert in self._leaving.intersection(self._held).difference(access.hits):

@@ -5,7 +5,6 @@ grid; all others that have a text model get each dtype once, with the fewest slo
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,9 @@ from architectures import MULTIMODAL, NAMED, OTHERS
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-import moedge.runtime.lm
 from moedge.models.architecture import text_class
 from moedge.models.tiny import make_tiny, tiny_config
-from moedge.runtime.budget import make_plan
-from moedge.runtime.lm import LM, load
+from moedge.runtime.lm import LM
 
 Tiny = Callable[..., Path]
 DTYPES = (torch.float32, torch.bfloat16)
@@ -30,21 +27,6 @@ def stock(folder: Path, dtype: torch.dtype | None = None) -> Any:
     config = AutoConfig.from_pretrained(folder)
     eager = {} if config.is_encoder_decoder else {"experts_implementation": "eager"}
     return text_class(config).from_pretrained(folder, dtype=dtype or "auto", **eager).eval()
-
-
-@pytest.fixture
-def load_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LM]:
-    """`load_with(capacity, folder)`: loaded with slots for so many experts per layer."""
-
-    def call(capacity: int, folder: Path, **settings: Any) -> LM:
-        def plan(*args: Any, **kwargs: Any) -> Any:
-            made = make_plan(*args, **kwargs)
-            return replace(made, capacities=tuple(min(capacity, count) for count in made.num_experts))
-
-        monkeypatch.setattr(moedge.runtime.lm, "make_plan", plan)
-        return load(folder, **settings)
-
-    return call
 
 
 def inputs(model: Any, batches: tuple[int, ...] = (1, 4)) -> Iterator[dict[str, torch.Tensor]]:

@@ -4,6 +4,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import wait
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -158,3 +159,53 @@ def test_memory_store_is_a_store(blueprint: Blueprint) -> None:
     store = MemoryStore([[truth(blueprint, 0, e) for e in range(8)]])
     assert [e for e, _ in store.fetch(0, [5, 2])] == [5, 2]
     assert store.counters.hits == 2
+
+
+def test_a_right_guess_is_read_once_and_is_still_a_miss(blueprint: Blueprint) -> None:
+    with opened(blueprint, capacity=2, spare=3) as store:
+        store.prefetch(1, [4, 5])
+        check(blueprint, store, 1, [4, 5])
+        assert (store.counters.hits, store.counters.misses) == (0, 2)
+        once = store.counters.bytes_read
+        store.prefetch(1, [4, 5])  # resident already
+        check(blueprint, store, 1, [4, 5])
+        assert (store.counters.hits, store.counters.bytes_read) == (2, once)
+
+
+@pytest.mark.parametrize(("capacity", "spare"), [(0, 1), (1, 2), (3, 4)])
+def test_guesses_right_or_wrong_change_no_bytes_and_no_cache(blueprint: Blueprint, capacity: int, spare: int) -> None:
+    chance = random.Random(capacity)
+    layers = len(blueprint.anatomy.layers)
+    with opened(blueprint, capacity, spare, Hostile(blueprint, seed=5)) as store, opened(blueprint, capacity) as plain:
+        for _ in range(80):
+            layer, experts = chance.randrange(layers), sorted(chance.sample(range(8), chance.randint(1, 8)))
+            store.prefetch(chance.randrange(layers), chance.sample(range(8), 4))
+            check(blueprint, store, layer, experts)
+            check(blueprint, plain, layer, experts)
+            assert store.resident(layer) == plain.resident(layer)
+        assert (store.counters.hits, store.counters.misses) == (plain.counters.hits, plain.counters.misses)
+        for layer in range(layers):  # give up the last guesses
+            check(blueprint, store, layer, [0])
+        wait([future for future, _ in store._ahead.values()])
+        check(blueprint, store, 0, [0])
+        held = sum(len(store.resident(layer)) for layer in range(layers))
+        assert held + len(store._slots.free) == capacity * layers + spare, "a slot was lost"
+
+
+def test_a_guess_that_cannot_be_read_is_no_error_until_it_is_needed(blueprint: Blueprint) -> None:
+    broken = Hostile(blueprint, seed=1, fail="layers.1.mlp.experts.6.")
+    with opened(blueprint, capacity=2, spare=3, reader=broken) as store:
+        store.prefetch(1, [6])
+        check(blueprint, store, 1, [2])
+        check(blueprint, store, 1, [3])
+        store.prefetch(1, [6])
+        with pytest.raises(CheckpointError, match="no such luck"):
+            check(blueprint, store, 1, [6])
+        check(blueprint, store, 1, [2, 3])
+
+
+def test_a_guess_during_an_event_waits_for_nothing(blueprint: Blueprint) -> None:
+    with opened(blueprint, capacity=2, spare=3) as store:
+        for _ in store.fetch(0, [1]):
+            store.prefetch(1, [1])
+        assert not store._ahead
