@@ -19,7 +19,7 @@ from moedge.models.checkpoint import Checkpoint, ShardFile
 from moedge.models.expert_map import Part
 
 PAGE = 4096
-BLOCK = 4 << 20  # bytes per read: enough for full disk speed, little enough to hold one per thread
+BLOCK = 1 << 20  # bytes per read: enough for full disk speed, and what is copied from it is still in the CPU cache
 MAX_GAP = 32 << 10  # read over a gap of this many bytes rather than start another read
 
 Target = tuple[Part, torch.Tensor]  # what to read, and the uint8 memory of the same length that it goes to
