@@ -35,7 +35,10 @@ Curriculum = Callable[[int, float], tuple[Mapping[str, float], int]]
 
 @dataclass(frozen=True)
 class Settings:
-    """`tokens` is the plan; with a `deadline` (seconds since the epoch) the end comes as early as it must."""
+    """`tokens` is the plan; with a `deadline` (seconds since the epoch) the end comes as early as it must.
+
+    `balance` and `focus` weigh the routers' losses, see loss.combine.
+    """
 
     tokens: int
     batch_tokens: int = 8192
@@ -44,6 +47,7 @@ class Settings:
     warmup_tokens: int = 200_000
     decay: float = 0.3
     balance: float = 0.01
+    focus: float = 0.0
     clip: float = 1.0
     checkpoint_seconds: float = 300.0
     deadline: float | None = None
@@ -154,7 +158,7 @@ def _step(
     scale, decay = rates
     shares, length = curriculum(at.step, decay)
     picked = [mixture.next(shares, length) for _ in range(max(1, settings.batch_tokens // length))]
-    result, means = replicas.gradients(stack([row for _, row in picked]), settings.balance)
+    result, means = replicas.gradients(stack([row for _, row in picked]), settings.balance, settings.focus)
     if not math.isfinite(result.text):
         raise DataError(f"the loss of step {at.step} is {result.text}: lower the learning rate and continue")
     for optimiser in optims:
@@ -182,13 +186,14 @@ class Log:
     def _clear(self) -> None:
         self._began, self._tokens, self._steps = time.monotonic(), 0, 0
         self._streams: dict[str, list[float]] = defaultdict(list)
-        self._balance = 0.0
+        self._balance = self._focus = 0.0
         self._load: Any = 0.0
 
     def add(self, at: Progressed, result: Losses, means: list[tuple[str, float]], tokens: int, scale: float) -> None:
         self._tokens += tokens
         self._steps += 1
         self._balance += result.balance
+        self._focus += result.focus
         self._load = self._load + result.load
         for name, value in means:
             if not math.isnan(value):
@@ -200,6 +205,7 @@ class Log:
         self.tokens_per_second = speed if known is None else 0.7 * known + 0.3 * speed
         line: dict[str, Any] = {"step": at.step, "tokens": at.tokens, "rate": round(scale, 4)}
         line |= {"tokens_per_second": round(speed), "balance": round(self._balance / self._steps, 4)}
+        line |= {"focus": round(self._focus / self._steps, 4)}
         if self._load.numel():
             load = self._load / self._steps * self._load.shape[-1]
             line |= {"least_load": round(float(load.min()), 3), "most_load": round(float(load.max()), 3)}

@@ -4,8 +4,9 @@ Knows causal language models of transformers whose head is a linear layer on the
 routers. Legend: B rows, T tokens of a row, E experts, L layers, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ class Part:
     rows: list[float]  # [B] each row's mean by weight, nan where all its weights are zero
     probs: Tensor  # [L, E] router probabilities summed over real tokens; empty without a router
     counts: Tensor  # [L, E] choices of each expert by real tokens, no gradient
+    entropy: Tensor = field(default_factory=lambda: torch.zeros(()))  # sum over layers and rows, see row_entropy
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Losses:
     parts: list[Tensor]
     text: float
     balance: float  # mean over layers, 1 when balanced
+    focus: float  # mean over layers and rows, 1 when every row uses all experts alike
     load: Tensor  # [L, E] share of the choices
 
 
@@ -43,6 +46,18 @@ def router_sums(router_logits: Tensor, top_k: int, real: Tensor) -> tuple[Tensor
     chosen = logits.topk(top_k, dim=-1).indices  # [N, A]
     counts = torch.bincount(chosen.flatten(), minlength=logits.shape[-1])
     return logits.softmax(-1).sum(0), counts.float()
+
+
+def row_entropy(router_logits: Tensor, real: Tensor) -> Tensor:
+    """One layer's router_logits [N, E] of rows real [B, T] bool: entropies of the rows' mean probabilities, summed.
+
+    In units of log E, so that each is 0 (one expert) to 1 (all alike). A row is of one domain: with the load balanced
+    over the step, small entropies mean that domains use different experts (their mutual information is large).
+    """
+    probs = router_logits.float().softmax(-1).view(*real.shape, -1) * real[..., None]  # [B, T, E]
+    means = probs.sum(1) / real.sum(1, keepdim=True).clamp(min=1)  # [B, E]
+    entropies: Tensor = torch.special.entr(means)
+    return entropies.sum() / math.log(means.shape[-1])
 
 
 def balance_terms(parts: Sequence[Part]) -> tuple[list[Tensor], Tensor]:
@@ -82,20 +97,29 @@ def forward(model: Any, batch: Row, routed: bool) -> Part:
     each = functional.cross_entropy(logits.float(), ids[row, column + 1], reduction="none") * weights[row, column]
     sums = torch.zeros(len(ids)).index_add_(0, row, each.detach())
     probs = counts = torch.empty(0)
+    entropy = torch.zeros(())
     if routed:
-        real = torch.from_numpy(batch.segments != PAD_SEGMENT).flatten()
-        layers = [router_sums(router, model.config.num_experts_per_tok, real) for router in output.router_logits]
+        real = torch.from_numpy(batch.segments != PAD_SEGMENT)  # [B, T]
+        top_k, routers = model.config.num_experts_per_tok, output.router_logits
+        layers = [router_sums(router, top_k, real.flatten()) for router in routers]
         probs, counts = (torch.stack(each_layer) for each_layer in zip(*layers, strict=True))
-    return Part(each.sum(), float(weights.sum()), (sums / weights.sum(1)).tolist(), probs, counts)
+        entropy = torch.stack([row_entropy(router, real) for router in routers]).sum()
+    return Part(each.sum(), float(weights.sum()), (sums / weights.sum(1)).tolist(), probs, counts, entropy)
 
 
-def combine(parts: Sequence[Part], balance: float) -> Losses:
-    """The step's loss from the forward passes of its rows; `balance` is the weight of the balance loss of a layer."""
+def combine(parts: Sequence[Part], balance: float, focus: float = 0.0) -> Losses:
+    """The step's loss from the forward passes of its rows.
+
+    Weights of a layer's losses: `balance` of the experts' load over the step, `focus` of the entropy within each row.
+    """
     weight = sum(part.weight for part in parts)
     totals = [part.nll / weight for part in parts]
     text = sum(float(total.detach()) for total in totals)
     if not balance:
-        return Losses(totals, text, 0.0, torch.empty(0))
+        return Losses(totals, text, 0.0, 0.0, torch.empty(0))
     terms, load = balance_terms(parts)
-    totals = [total + balance * term for total, term in zip(totals, terms, strict=True)]
-    return Losses(totals, text, sum(float(term.detach()) for term in terms) / len(load), load)
+    rows = sum(len(part.rows) for part in parts)
+    entropies = [part.entropy / max(1, rows) for part in parts]  # sums over layers
+    totals = [t + balance * b + focus * e for t, b, e in zip(totals, terms, entropies, strict=True)]
+    balanced, focused = (sum(float(term.detach()) for term in each) / len(load) for each in (terms, entropies))
+    return Losses(totals, text, balanced, focused, load)

@@ -34,6 +34,7 @@ DECAY_SHARES = SHARES | {
     "arithmetic": 0.28,
 }
 ROW, LONG_ROW, LONG_EVERY = 512, 2048, 6
+FOCUS = 0.02  # weight of the entropy of a row's experts: domains come to use different ones
 
 
 def curriculum(step: int, decay: float) -> tuple[Mapping[str, float], int]:
@@ -82,7 +83,7 @@ def main(data: Path, work: Path, tokens: int, minutes: float | None, workers: in
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
     end, turn = (tokenizer.get_vocab()[token] for token in (END, TURN))
     deadline = time.time() + 60 * minutes if minutes else None
-    settings = Settings(tokens=tokens, decay=0.22, deadline=deadline, workers=workers)
+    settings = Settings(tokens=tokens, decay=0.22, focus=FOCUS, deadline=deadline, workers=workers)
     model = make_model(end, turn)
     result = train(model, Mixture(streams(work)), curriculum, settings, work / "checkpoints", tokenizer=tokenizer)
     click.echo(f"{result.tokens:,} tokens in {result.step:,} steps, {'finished' if result.finished else 'stopped'}")

@@ -1,6 +1,8 @@
 """The loss of a step against hand computations and against the stock model."""
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ from torch.nn import functional
 
 from moedge.train.data import Mixture, Row, stack
 from moedge.train.kernels import install
-from moedge.train.loss import Part, attention_inputs, balance_terms, combine, forward, router_sums
+from moedge.train.loss import Part, attention_inputs, balance_terms, combine, forward, router_sums, row_entropy
 from moedge.train.replicas import Replicas
 
 
@@ -45,6 +47,23 @@ def test_router_sums_leave_padding_out() -> None:
     assert torch.allclose(probs, logits[0].softmax(-1))
 
 
+def test_the_entropy_of_a_row_is_that_of_its_mean_without_padding() -> None:
+    one, other = [9.0, 0.0, 0.0, 0.0], [0.0, 9.0, 0.0, 0.0]
+    logits = torch.tensor([one, one, other, one, other, one]) * 10  # rows of two tokens
+    real = torch.tensor([[True, True], [True, True], [True, False]])
+    assert float(row_entropy(logits, real)) == pytest.approx(0 + math.log(2) / math.log(4) + 0, abs=1e-5)
+    assert float(row_entropy(torch.zeros(2, 4), torch.tensor([[True, True]]))) == pytest.approx(1.0)
+
+
+def test_focus_adds_the_mean_entropy_over_rows_and_parts() -> None:
+    parts = [part([0.5, 0.5], [1.0, 1.0]), part([0.5, 0.5], [1.0, 1.0])]
+    for number, each in enumerate(parts):
+        parts[number] = replace(each, rows=[0.0], entropy=torch.tensor(0.25 + number))
+    result, without = combine(parts, 0.01, focus=0.5), combine(parts, 0.01)
+    assert result.focus == pytest.approx(0.75)
+    assert float(sum(result.parts) - sum(without.parts)) == pytest.approx(0.5 * 0.75)
+
+
 def test_documents_of_a_row_do_not_see_each_other(make_model: Callable[[], Any]) -> None:
     model = make_model()
     alone = torch.tensor([[3, 4, 5, 6]])
@@ -74,7 +93,7 @@ def test_the_text_loss_is_the_weighted_mean_over_the_step(make_model: Callable[[
 
 def gradients(model: Any, workers: int, rows: Row) -> dict[str, torch.Tensor]:
     replicas = Replicas(model, workers)
-    replicas.gradients(rows, balance=0.1)
+    replicas.gradients(rows, balance=0.1, focus=0.2)
     replicas.close()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
