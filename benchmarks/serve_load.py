@@ -94,16 +94,17 @@ class Crowd:
         self._asked, self._answers = asked, answers
         self._random = random.Random(seed)
         self._hostile = list(hostile or HOSTILE)
+        self._until = 0.0
         self.seen = Seen()
 
     async def run(self, clients: int, seconds: float, hostile: int) -> None:
         """`clients` ask for `seconds`, and `hostile` more misbehave; each finishes what it has begun."""
-        until = asyncio.get_running_loop().time() + seconds
+        self._until = asyncio.get_running_loop().time() + seconds
         behaviours = [self._ask] * clients + [self._misbehave] * hostile
-        await asyncio.gather(*(self._again(until, behaviour) for behaviour in behaviours))
+        await asyncio.gather(*(self._again(behaviour) for behaviour in behaviours))
 
-    async def _again(self, until: float, behaviour: Callable[[], Awaitable[None]]) -> None:
-        while asyncio.get_running_loop().time() < until:
+    async def _again(self, behaviour: Callable[[], Awaitable[None]]) -> None:
+        while asyncio.get_running_loop().time() < self._until:
             try:
                 async with asyncio.timeout(HANG):
                     await behaviour()
@@ -126,7 +127,8 @@ class Crowd:
         status, headers, content = await self._request(body)
         self.seen.statuses[str(status)] += 1
         if status == 429:
-            await asyncio.sleep(int(headers["retry-after"]) * self._random.uniform(0.5, 1))
+            pause = int(headers["retry-after"]) * self._random.uniform(0.5, 1)
+            await asyncio.sleep(min(pause, self._until - asyncio.get_running_loop().time()))
             return
         if status != 200:
             return

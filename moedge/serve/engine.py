@@ -16,7 +16,7 @@ log = logging.getLogger("moedge.serve")
 
 
 class BusyError(Exception):
-    """No room in the queue. `seconds`: when it is worth trying again."""
+    """No room in the queue. `seconds`: until what is there now will have ended, so that nobody asks in vain."""
 
     def __init__(self, seconds: int) -> None:
         super().__init__(f"try again in {seconds} s")
@@ -84,7 +84,7 @@ class Engine:
             if not self._accepting:
                 raise ClosedError("the server is shutting down")
             if self._known + len(jobs) > self.parallel + self.queue:
-                raise BusyError(min(60, max(1, round(self._between_ends))))
+                raise BusyError(min(60, max(1, round(self._between_ends * self._known))))
             self._known += len(jobs)
             self._arrived.extend(jobs)
             self._changed.notify()
