@@ -3,12 +3,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 DATA ?= ../shared/data
 
-.PHONY: help env demo test test-browser check bench docs mini clean
+.PHONY: help env demo test test-kernels test-browser check bench docs mini clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
 
 env: .venv/.stamp ## make .venv with moedge and its test tools
+	@$(BIN)/python moedge/native/build.py
 
 .venv/.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -20,6 +21,9 @@ demo: env        ## three prompts on the mini model with room for half of its ex
 
 test: env        ## every test
 	$(BIN)/python -m pytest
+
+test-kernels: env ## the C kernels under sanitizers, for a minute
+	MOEDGE_CHECK_SECONDS=30 $(BIN)/python -m pytest tests/native
 
 test-browser: env ## the page of moedge serve in headless Chromium; SCREENSHOT=docs/serve-page.png takes a picture
 	$(BIN)/python -m pytest -m browser tests/browser

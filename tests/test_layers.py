@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "moedge"
 LAYERS = (
-    *("models", "runtime", "measure", "train", "compress", "tune"),
+    *("native", "models", "runtime", "measure", "train", "compress", "tune"),
     *("api", "fleet", "library", "federate", "serve"),
 )
 BASE = ("errors", "units", "terminal")  # each may import those before it, and every layer may import them

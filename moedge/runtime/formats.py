@@ -27,8 +27,8 @@ from torch import Tensor
 from moedge.errors import CheckpointError
 
 ALIGNMENT = 64
-BLOCK = 32  # numbers that are unpacked together; groups are multiples of it
-LARGEST_GROUP = 256  # 256 * 255 * 32767 fits in int32: a kernel may add a whole group as integers
+BLOCK = 32  # numbers that are unpacked together
+GROUPS = (32, 64, 128, 256)
 _TOP = 15  # the largest scale of a row is at most about 2^_TOP; fp16 ends at 2^16
 _MXFP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice the value of each code
 
@@ -46,8 +46,8 @@ class Format:
     def __post_init__(self) -> None:
         if self.code not in ("plain", "int8", "int4", "mxfp4"):
             raise ValueError(f"number format {self.code!r} is not known: use plain, int8, int4 or mxfp4")
-        if self.group % BLOCK or not 0 < self.group <= LARGEST_GROUP:
-            raise ValueError(f"group {self.group} is not a multiple of {BLOCK} up to {LARGEST_GROUP}")
+        if self.group not in GROUPS:
+            raise ValueError(f"group {self.group} is not one of {', '.join(map(str, GROUPS))}")
         if self.code == "mxfp4" and not (self.symmetric and self.group == BLOCK):
             raise ValueError(f"mxfp4 is symmetric and has groups of {BLOCK}")
 

@@ -1,0 +1,167 @@
+"""Load the compiled kernels, choose the variant that this processor has, and call it: addresses and integers only.
+
+A variant is used only after it gave the portable C code's results on a small layer here, as not every one could be run
+where it was written. ctypes lets go of the GIL during each call. Knows no tensors.
+"""
+
+import ctypes
+import logging
+import random
+import struct
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, addressof, byref, c_char, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from moedge.native.build import HERE, LIBRARY, source_hash
+
+F32, BF16, F16, INT8, INT4, MXFP4 = range(6)  # the codes of moedge.h
+PARTS = ("values", "scales", "factors", "zeros")
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu_squared": 4, "clamped_swiglu": 5}
+_LOG = logging.getLogger("moedge")
+
+
+class Matrix(Structure):
+    """moedge_matrix of moedge.h."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("values", "scales", "factors", "zeros", "bias")),
+        *((name, c_int32) for name in ("code", "bias_code", "rows", "columns", "group", "first", "step")),
+    )
+
+
+class Expert(Structure):
+    """moedge_expert of moedge.h."""
+
+    _fields_ = (
+        *((name, Matrix) for name in ("gate", "up", "down")),
+        *(("activation", c_int32), ("alpha", c_float), ("limit", c_float)),
+    )
+
+
+class Call(Structure):
+    """moedge_call of moedge.h."""
+
+    _fields_ = (
+        *(("experts", c_int32), ("tokens_count", c_int32), ("extents", POINTER(c_void_p))),
+        *(("starts", POINTER(c_int32)), ("tokens", c_void_p), ("weights", c_void_p)),
+        *((name, c_void_p) for name in ("x", "out", "terms", "workspace")),
+    )
+
+
+class Library:
+    """The functions of one compiled library, with one variant. `variant` is its name."""
+
+    def __init__(self, path: Path, variant: int) -> None:
+        self._c, self._variant = _functions(path), variant
+        self.variant = self._c.moedge_variant_name(variant).decode()
+
+    def workspace(self, expert: Expert, tokens: int, routed: int) -> int:
+        """Bytes that a call with so many tokens and routed rows needs."""
+        return int(self._c.moedge_workspace(byref(expert), tokens, routed))
+
+    def layer(self, expert: Expert, call: Call, threads: int) -> None:
+        self._c.moedge_layer(self._variant, byref(expert), byref(call), threads)
+
+    def dequantise(self, matrix: Matrix, extent: int, rows: tuple[int, int], bf16: bool, out: int) -> None:
+        """Rows from, to of a stored matrix to the address `out`, as fp32 or bf16."""
+        self._c.moedge_dequantise(self._variant, byref(matrix), extent, *rows, bf16, out)
+
+    def read_sum(self, address: int, nbytes: int, threads: int) -> int:
+        """Read memory once, as fast as it goes."""
+        return int(self._c.moedge_read_sum(self._variant, address, nbytes, threads))
+
+
+@cache
+def _functions(path: Path) -> Any:
+    c = ctypes.CDLL(str(path))
+    c.moedge_sources.restype = c.moedge_variant_name.restype = c_char_p
+    c.moedge_workspace.restype, c.moedge_workspace.argtypes = ctypes.c_size_t, (POINTER(Expert), c_int, c_int)
+    c.moedge_layer.restype, c.moedge_layer.argtypes = None, (c_int, POINTER(Expert), POINTER(Call), c_int)
+    c.moedge_dequantise.restype = None
+    c.moedge_dequantise.argtypes = (c_int, POINTER(Matrix), c_void_p, c_int, c_int, c_int, c_void_p)
+    c.moedge_read_sum.restype, c.moedge_read_sum.argtypes = ctypes.c_uint64, (c_int, c_void_p, ctypes.c_size_t, c_int)
+    return c
+
+
+def variants(path: Path = HERE / LIBRARY) -> list[int]:
+    """The variants of a library that this processor can run, best last. Raises OSError for what is no library."""
+    c = _functions(path)
+    return [v for v in range(c.moedge_variants()) if c.moedge_variant_runs(v)]
+
+
+@cache
+def load() -> Library | None:
+    """The kernels, or None, said once in the log, where they were not built, are stale, or fail their check."""
+    library, reason = _load(HERE / LIBRARY)
+    if library is None:
+        _LOG.warning("the C kernels are not used: %s. Experts in int8 and int4 are computed with torch, slower", reason)
+    return library
+
+
+def _load(path: Path) -> tuple[Library | None, str]:
+    if not path.exists():
+        return None, "they were not built: install a C compiler, then moedge again"
+    try:
+        sources = _functions(path).moedge_sources().decode()
+        choices = variants(path)
+    except (OSError, AttributeError) as error:
+        return None, f"{path.name} cannot be loaded ({error}): install moedge again"
+    if sources != source_hash():
+        return None, f"{path.name} was built from other sources: run python -m moedge.native.build"
+    portable = Library(path, choices[0])
+    expected = _small_layer(portable)
+    for choice in reversed(choices[1:]):
+        library = Library(path, choice)
+        if _agree(_small_layer(library), expected):
+            return library, ""
+        _LOG.warning("the %s kernels give wrong results on this processor: please report it", library.variant)
+    return portable, ""
+
+
+def _agree(found: list[float], expected: list[float]) -> bool:
+    size = max(map(abs, expected))
+    return all(abs(a - b) <= 1e-5 * size for a, b in zip(found, expected, strict=True))
+
+
+def _small_layer(library: Library) -> list[float]:
+    """Outputs of small layers of every quantised kind, for five tokens; the same for every library."""
+    rng, side, tokens = random.Random(0), 96, 5
+    found: list[float] = []
+    for code, asymmetric in ((INT8, False), (INT8, True), (INT4, False), (INT4, True), (MXFP4, False)):
+        expert, nbytes = square_expert(side, code, asymmetric)
+        matrix = expert.up
+        content = bytearray(rng.randbytes(nbytes))
+        for i in range(side * (side // 32)):
+            struct.pack_into("<e", content, matrix.scales + 2 * i, rng.uniform(-1, 1))
+        for i in range(side):
+            struct.pack_into("<f", content, matrix.factors + 4 * i, 1 / 64)
+        memory = (c_char * nbytes).from_buffer(content)
+        x = (c_float * (tokens * side))(*[rng.uniform(-1, 1) for _ in range(tokens * side)])
+        out = (c_float * (tokens * side))()
+        run_once(library, expert, [addressof(memory)], (addressof(x), addressof(out)), tokens)
+        found += out
+    return found
+
+
+def square_expert(side: int, code: int, asymmetric: bool) -> tuple[Expert, int]:
+    """A gated expert whose three matrices are one [side, side] matrix in groups of 32, and the bytes of its extent."""
+    sizes = (side * side // (1 if code == INT8 else 2), side * (side // 32) * 2, side * 4, side * (side // 32))
+    offsets = [sum(-(-size // 64) * 64 for size in sizes[:i]) for i in range(5)]
+    zeros = offsets[3] if asymmetric else -1
+    matrix = Matrix(*offsets[:3], zeros, -1, code, F32, side, side, 32, 0, 1)
+    return Expert(matrix, matrix, matrix, ACTIVATIONS["silu"], 0, 0), offsets[4]
+
+
+def run_once(
+    library: Library, expert: Expert, extents: Sequence[int], ends: tuple[int, int], tokens: int, threads: int = 1
+) -> None:
+    """All of `tokens` tokens through every extent with weight 1. `ends`: addresses of input and output."""
+    routed = tokens * len(extents)
+    starts = (c_int32 * (len(extents) + 1))(*range(0, routed + 1, tokens))
+    token_of = (c_int32 * routed)(*[*range(tokens)] * len(extents))
+    weights = (c_float * routed)(*[1.0] * routed)
+    workspace = (c_char * library.workspace(expert, tokens, routed))()
+    arrays = (c_void_p * len(extents))(*extents), starts, addressof(token_of), addressof(weights)
+    library.layer(expert, Call(len(extents), tokens, *arrays, *ends, None, addressof(workspace)), threads)

@@ -1,0 +1,64 @@
+/* The interface of the expert kernels: one layer's chosen experts on a few tokens, weights read where they lie.
+
+   Knows extents (moedge/runtime/formats.py says what is in one) and tokens; no files, no models. Errors are the
+   caller's to prevent: moedge/runtime/kernels.py checks every shape before it calls. */
+
+#ifndef MOEDGE_H
+#define MOEDGE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum { MOEDGE_F32, MOEDGE_BF16, MOEDGE_F16, MOEDGE_INT8, MOEDGE_INT4, MOEDGE_MXFP4 };
+
+enum {
+    MOEDGE_SILU,
+    MOEDGE_GELU,
+    MOEDGE_GELU_TANH,
+    MOEDGE_RELU,
+    MOEDGE_RELU_SQUARED,
+    MOEDGE_CLAMPED_SWIGLU, /* gpt-oss: (up + 1) * gate * sigmoid(alpha * gate), both clamped to the limit */
+};
+
+/* One matrix [rows, columns] of an expert. Row r is stored row `first + r * step`: gate and up may be halves of one
+   stored matrix, or alternate in it. Offsets are bytes from the start of the extent, -1 for what is not there. */
+typedef struct {
+    int64_t values, scales, factors, zeros, bias;
+    int32_t code, bias_code;
+    int32_t rows, columns, group;
+    int32_t first, step;
+} moedge_matrix;
+
+/* How an expert computes: down(act(gate) * up), or down(act(up)) where gate.rows is 0. */
+typedef struct {
+    moedge_matrix gate, up, down;
+    int32_t activation;
+    float alpha, limit; /* of MOEDGE_CLAMPED_SWIGLU */
+} moedge_expert;
+
+/* One call. Expert e takes the routed rows starts[e] to starts[e + 1]; routed row i is token tokens[i] with router
+   weight weights[i]. */
+typedef struct {
+    int32_t experts, tokens_count;
+    const uint8_t *const *extents; /* [experts], each at a multiple of 64 bytes */
+    const int32_t *starts;         /* [experts + 1] */
+    const int32_t *tokens;
+    const float *weights;
+    const float *x; /* [tokens_count, hidden] */
+    float *out;     /* [tokens_count, hidden], added to in the order of the experts; or NULL */
+    float *terms;   /* [routed rows, hidden], each row's weighted output; or NULL */
+    uint8_t *workspace;
+} moedge_call;
+
+const char *moedge_sources(void);        /* hash of the sources that this library was built from */
+int moedge_variants(void);               /* how many variants were compiled in, best last */
+const char *moedge_variant_name(int variant);
+int moedge_variant_runs(int variant);    /* whether this processor has its instructions */
+size_t moedge_workspace(const moedge_expert *expert, int tokens_count, int routed_rows);
+void moedge_layer(int variant, const moedge_expert *expert, const moedge_call *call, int threads);
+/* Rows begin to end of a matrix as fp32, or rounded to bf16, into out [end - begin, columns]. */
+void moedge_dequantise(int variant, const moedge_matrix *matrix, const uint8_t *extent, int begin, int end, int bf16,
+                       void *out);
+uint64_t moedge_read_sum(int variant, const uint8_t *memory, size_t nbytes, int threads); /* reads it all, once */
+
+#endif

@@ -1,0 +1,63 @@
+/* What each variant (scalar, AVX2, AVX-512, NEON) offers; product.inc is its one implementation. */
+
+#ifndef MOEDGE_PRODUCT_H
+#define MOEDGE_PRODUCT_H
+
+#include "moedge.h"
+
+#define BLOCK 32 /* numbers that share an activation's scale */
+
+/* Inputs of a product: `count` rows of `columns` numbers, as fp32 (plain weights) or as int16 in blocks with a scale.
+   Padded with zeros to `blocks`, a multiple of 8. An int16 is within 2^-16 of its block's largest number. */
+typedef struct {
+    int32_t columns, blocks, code;
+    int32_t unit;    /* sums are those of unit * q: 8 or 1 where weights have a zero point, 0 for none */
+    float *plain;    /* [count, blocks * 32] */
+    int16_t *q;      /* [count, blocks * 32]; for 4-bit weights in the order in which these unpack */
+    float *scales;   /* [count, blocks] */
+    int32_t *sums;   /* [count, blocks, 8]: partial sums, to be taken off for the zero point */
+} prepared;
+
+typedef struct {
+    const char *name;
+    int (*runs)(void);
+    void (*prepare)(const prepared *to, int row, const float *x);
+    /* out[i * stride + r - begin] = product of row r of the matrix with input row rows[i], begin <= r < end */
+    void (*product)(const moedge_matrix *m, const uint8_t *extent, const prepared *x, const int32_t *rows, int n,
+                    int begin, int end, float *out, int stride);
+    void (*dequantise)(const moedge_matrix *m, const uint8_t *extent, int begin, int end, int bf16, void *out);
+    uint64_t (*read_sum)(const uint8_t *memory, size_t nbytes);
+} variant;
+
+extern const variant moedge_scalar, moedge_avx2, moedge_avx512, moedge_neon;
+const variant *moedge_variant(int v); /* of those compiled in */
+
+/* An input of `count` rows for products with m, laid out from workspace + *end on; *end moves behind it. */
+prepared moedge_take_prepared(const moedge_matrix *m, int count, uint8_t *workspace, size_t *end);
+
+static inline float from_bits(uint32_t bits) {
+    union { uint32_t u; float f; } pun = {bits};
+    return pun.f;
+}
+
+static inline uint32_t to_bits(float value) {
+    union { float f; uint32_t u; } pun = {value};
+    return pun.u;
+}
+
+static inline float from_half(uint16_t half) {
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, exponent = half >> 10 & 31, mantissa = half & 1023;
+    if (exponent == 0) {
+        float value = (float)mantissa * 0x1p-24f;
+        return sign ? -value : value;
+    }
+    return from_bits(sign | (exponent == 31 ? 0x7f800000 : (exponent + 112) << 23) | mantissa << 13);
+}
+
+static inline float load_number(const uint8_t *base, int code, int64_t index) {
+    if (code == MOEDGE_F32) return ((const float *)base)[index];
+    uint16_t bits = ((const uint16_t *)base)[index];
+    return code == MOEDGE_BF16 ? from_bits((uint32_t)bits << 16) : from_half(bits);
+}
+
+#endif

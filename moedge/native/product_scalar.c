@@ -1,0 +1,11 @@
+/* The variant for every processor. */
+
+#include <string.h>
+
+#include "product.h"
+#include "simd_scalar.h"
+#include "product.inc"
+
+static int runs(void) { return 1; }
+
+const variant moedge_scalar = {"scalar", runs, prepare, product, dequantise, read_sum};
