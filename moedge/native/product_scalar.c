@@ -2,6 +2,10 @@
 
 #include <string.h>
 
+/* unrolled and inlined as the others are, this one took a minute to compile */
+#define UNROLL
+#define INLINE static
+
 #include "product.h"
 #include "simd_scalar.h"
 #include "product.inc"
