@@ -43,7 +43,11 @@ def kernel_layer(library: Library | None, name: str, threads: int, rows: int) ->
     x, turn = torch.randn(rows, HIDDEN), Turn(list(pool))
     tokens = torch.arange(rows, dtype=torch.int32).repeat(EXPERTS)
     routing = Routing([rows * e for e in range(EXPERTS + 1)], tokens, torch.ones(rows * EXPERTS))
-    return lambda: kernel.mix(x, [turn() for _ in range(EXPERTS)], routing) and None, extent.nbytes
+
+    def run() -> None:
+        kernel.mix(x, [turn() for _ in range(EXPERTS)], routing)
+
+    return run, extent.nbytes
 
 
 class Turn:
@@ -107,7 +111,11 @@ def read_layer(library: Library, threads: int) -> tuple[Layer, int]:
     """Reads memory and does nothing else: 8 x 8 MiB at a time."""
     memory, nbytes = torch.ones(POOL, dtype=torch.uint8), 8 << 20
     turn = Turn([memory[at : at + EXPERTS * nbytes] for at in range(0, POOL - EXPERTS * nbytes + 1, EXPERTS * nbytes)])
-    return lambda: library.read_sum(turn().data_ptr(), EXPERTS * nbytes, threads) and None, nbytes
+
+    def run() -> None:
+        library.read_sum(turn().data_ptr(), EXPERTS * nbytes, threads)
+
+    return run, nbytes
 
 
 def timed(layer: Layer, calls: int) -> float:

@@ -5,6 +5,7 @@ a small and a large layer, and kept in the user's cache folder. Takes 48 MiB for
 loaded.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -79,9 +80,7 @@ def _read(file: Path) -> dict[str, dict[str, tuple[float, float]]]:
 def _write(file: Path, known: object) -> None:
     """Replace the file in one step; where the folder cannot be written, the next process measures again."""
     partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
+    with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(known))
         os.replace(partial, file)
-    except OSError:
-        partial.unlink(missing_ok=True)

@@ -11,7 +11,8 @@ import pytest
 from moedge.native import build, library
 
 CHECK = Path(__file__).parent / "check.c"
-SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+QUICK = ("-O1",)  # to compile; the kernels proper are what make env built
+SANITIZERS = (*QUICK, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
 def compile_check(cc: list[str], machine: str, flags: tuple[str, ...], folder: Path) -> Path:
@@ -34,12 +35,17 @@ def run(command: list[str]) -> str:
     return done.stdout
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cc() -> list[str]:
     try:
         return build.compiler()
     except build.BuildError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def built(cc: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build.build(tmp_path_factory.mktemp("built"), QUICK)
 
 
 def test_kernels_agree_with_float64_under_address_and_undefined_behaviour_sanitizers(
@@ -53,20 +59,19 @@ def test_neon_agrees_with_float64_by_emulation(tmp_path: Path) -> None:
     cross, emulator = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
     if cross is None or emulator is None:
         pytest.skip("aarch64-linux-gnu-gcc or qemu-aarch64 is not installed")
-    program = compile_check([cross], "aarch64", ("-static",), tmp_path)
+    program = compile_check([cross], "aarch64", (*QUICK, "-static"), tmp_path)
     assert "neon: " in run([emulator, str(program), "2", "3"])
 
 
-def test_a_library_is_built_loaded_and_used(cc: list[str], tmp_path: Path) -> None:
-    found, reason = library._load(build.build(tmp_path))
+def test_a_library_is_built_loaded_and_used(built: Path) -> None:
+    found, reason = library._load(built)
     assert found is not None, reason
     assert found.read_sum(0, 0, 1) == 0
 
 
-def test_a_stale_library_is_not_used(cc: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = build.build(tmp_path)
+def test_a_stale_library_is_not_used(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "source_hash", lambda: "newer")
-    found, reason = library._load(path)
+    found, reason = library._load(built)
     assert found is None
     assert "other sources" in reason
 
@@ -84,17 +89,17 @@ def test_a_missing_or_damaged_library_is_said_in_the_log(
 
 
 def test_a_variant_that_gives_wrong_results_here_is_passed_over(
-    cc: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    built: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path, real = build.build(tmp_path), library._small_layer
+    real = library._small_layer
 
     def broken(variant: library.Library) -> list[float]:
         return [x + (variant.variant != "scalar") for x in real(variant)]
 
-    if len(library.variants(path)) < 2:
+    if len(library.variants(built)) < 2:
         pytest.skip("this processor runs the portable variant only")
     monkeypatch.setattr(library, "_small_layer", broken)
-    found, _ = library._load(path)
+    found, _ = library._load(built)
     assert found is not None
     assert found.variant == "scalar"
     assert "wrong results" in caplog.text
