@@ -1,8 +1,8 @@
 """Guess the next layer's experts while one token is decoded, so that the disk works while attention is computed.
 
 The guess is the next router's own: applied, through the next layer's norm, to this layer's output, which attention has
-yet to change (as in Eliseev & Mazur 2023, arXiv 2312.17238, section 3.2). Ranks of the guess that prove wrong too often
-are not read. A guess changes no result and no cache, only when bytes are read. Knows modules and layers, no disk.
+yet to change (as in Eliseev & Mazur 2023, arXiv 2312.17238, section 3.2). Ranks whose guesses of experts on disk prove
+wrong too often are not read. A guess changes no result and no cache, only when bytes are read. Knows no disk.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from moedge.models.anatomy import Anatomy, MoeLayer
 from moedge.runtime.store import Glimpse
 
-WORTH = 0.7  # a rank of the guess is read while it is right this often
+WORTH = 0.75  # a rank of the guess is read while it is right this often
 MEMORY = 64  # how many guesses back that is judged, about
 
 
@@ -54,7 +54,7 @@ class Prefetcher:
                 return
             self._next[index].learn(self._store.glimpses[index].used)
             if guess:
-                experts = self._next[index + 1].guess(hidden)
+                experts = self._next[index + 1].guess(hidden, self._store.glimpses[index + 1].resident)
                 if experts:
                     self._store.prefetch(index + 1, experts)
 
@@ -68,7 +68,7 @@ class _Target:
         self._top_k = layer.top_k
         self._router = modules[layer.router]
         self._norm: nn.Module | None = None
-        self._last: list[int] = []
+        self._last: list[tuple[int, int]] = []  # rank, expert
         self._right = [1.0] * layer.top_k
         self._find_norm(modules[layer.block], block)
 
@@ -90,19 +90,20 @@ class _Target:
         handles.extend(child.register_forward_hook(made) for child in block.children() if child is not moe)
         handles.append(moe.register_forward_pre_hook(arrives))
 
-    def guess(self, hidden: Tensor) -> list[int]:
+    def guess(self, hidden: Tensor, resident: Sequence[int]) -> list[int]:
         """The experts that are worth reading, most likely first; hidden [1, 1, H]."""
         weight, bias = getattr(self._router, "weight", None), getattr(self._router, "bias", None)
         if self._norm is None or not isinstance(weight, Tensor) or weight.dim() != 2:
             return []
         with torch.inference_mode():
             scores = linear(self._norm(hidden)[0, 0].to(weight.dtype), weight, bias)  # [E]
-        self._last = scores.topk(self._top_k).indices.tolist()
-        return [expert for expert, right in zip(self._last, self._right, strict=True) if right >= WORTH]
+        ranked = enumerate(scores.topk(self._top_k).indices.tolist())
+        self._last = [(rank, expert) for rank, expert in ranked if expert not in resident]
+        return [expert for rank, expert in self._last if self._right[rank] >= WORTH]
 
     def learn(self, used: Sequence[int]) -> None:
         """Compare the last guess with the experts that the router then chose."""
-        for rank, expert in enumerate(self._last):
+        for rank, expert in self._last:
             self._right[rank] += ((expert in used) - self._right[rank]) / MEMORY
         self._last = []
 
