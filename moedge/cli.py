@@ -19,6 +19,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "run": ("moedge.runtime.verb_run", "Answer a prompt, or chat, within a memory limit."),
     "plan": ("moedge.runtime.verb_plan", "Show what a memory limit leaves for experts, before loading anything."),
     "info": ("moedge.models.verb_info", "Describe a checkpoint: layers, experts, router, sizes."),
+    "pack": ("moedge.runtime.verb_pack", "Pack a model: one aligned extent per expert, in 16, 8 or 4 bits."),
     "trace": ("moedge.runtime.verb_trace", "Record which experts a model's router chooses."),
     "replay": ("moedge.runtime.verb_replay", "Compare eviction policies on a recorded trace."),
     "eval": ("moedge.measure.verb_eval", "Measure perplexity, task accuracy and distance from a reference model."),

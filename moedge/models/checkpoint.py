@@ -79,12 +79,13 @@ class ShardFile:
                 f"shard {self.path} changed while {tensor} was being read: load the model again from a finished copy"
             )
 
-    def pread(self, offset: int, nbytes: int, tensor: str) -> torch.Tensor:
+    def pread(self, offset: int, nbytes: int, tensor: str, shift: int | None = None) -> torch.Tensor:
         """`nbytes` bytes from `offset` as uint8; the page cache is told to forget them.
 
-        Their address modulo 64 is that of `offset`, as when the file is mapped: products depend on alignment.
+        Their address modulo 64 is `shift`, by default that of `offset`, as when the file is mapped: products depend on
+        alignment.
         """
-        shift = offset % ALIGNMENT
+        shift = offset % ALIGNMENT if shift is None else shift
         buffer = torch.empty(shift + nbytes, dtype=torch.uint8)[shift:]  # torch's own memory is aligned
         view, done = memoryview(buffer.numpy().data), 0
         while done < nbytes:
@@ -130,19 +131,22 @@ class Checkpoint:
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
         self._shards: dict[Path, ShardFile] = {}
-        index = folder / INDEX
         try:
-            if index.exists():
-                self._open_sharded(index)
-            elif (folder / SINGLE).exists():
-                self._add(folder / SINGLE)
-            else:
-                raise CheckpointError(
-                    f"{folder} holds neither {SINGLE} nor {INDEX}: convert the checkpoint to safetensors"
-                )
+            self._open()
         except BaseException:
             self.close()
             raise
+
+    def _open(self) -> None:
+        index = self.folder / INDEX
+        if index.exists():
+            self._open_sharded(index)
+        elif (self.folder / SINGLE).exists():
+            self._add(self.folder / SINGLE)
+        else:
+            raise CheckpointError(
+                f"{self.folder} holds neither {SINGLE} nor {INDEX}: convert the checkpoint to safetensors"
+            )
 
     def _open_sharded(self, index: Path) -> None:
         weight_map = _read_weight_map(index)

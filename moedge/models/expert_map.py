@@ -135,6 +135,13 @@ class ExpertMap:
         """Bytes of the expert on disk."""
         return sum(part.nbytes for source in self.sources(layer, expert) for part in source.parts)
 
+    @property
+    def conversion_bytes(self) -> int:
+        """Memory that reading one expert takes besides its slot, an upper estimate."""
+        if all(self.is_copied(0, source) for source in self.sources(0, 0)):
+            return 0
+        return 2 * max(self.nbytes(layer, 0) for layer in range(len(self.layouts)))
+
     def is_copied(self, layer: int, source: ParameterSource) -> bool:
         """Whether the bytes of the source's parts, one after the other, are the parameter."""
         field = next(f for f in self.layouts[layer].fields if f.name == source.name)

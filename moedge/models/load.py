@@ -24,6 +24,7 @@ from moedge.models.anatomy import Anatomy, dissect
 from moedge.models.architecture import meta_model, text_class, text_config
 from moedge.models.checkpoint import Checkpoint
 from moedge.models.expert_map import ExpertMap
+from moedge.models.pack import PackedCheckpoint, PackedExperts, is_packed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -50,7 +51,7 @@ class Blueprint:
     checkpoint: Checkpoint
     meta: PreTrainedModel  # whole, on the meta device
     anatomy: Anatomy
-    experts: ExpertMap
+    experts: ExpertMap | PackedExperts
 
     @property
     def backbone_bytes(self) -> int:
@@ -80,14 +81,17 @@ def draw(folder: Path, dtype: str | torch.dtype | None = None) -> Blueprint:
         raise ModelError(
             f"{folder} is quantised already ({method}): moedge does not read that yet; use the 16-bit original"
         )
-    checkpoint = Checkpoint(folder)
+    checkpoint = PackedCheckpoint(folder) if is_packed(folder) else Checkpoint(folder)
     try:
         chosen = parse_dtype(dtype) or _own_dtype(config, checkpoint)
         meta = meta_model(config, chosen)
         anatomy = dissect(meta)
-        return Blueprint(
-            folder, text_config(config), chosen, checkpoint, meta, anatomy, ExpertMap(meta, anatomy, checkpoint)
+        experts = (
+            PackedExperts(anatomy, checkpoint)
+            if isinstance(checkpoint, PackedCheckpoint)
+            else ExpertMap(meta, anatomy, checkpoint)
         )
+        return Blueprint(folder, text_config(config), chosen, checkpoint, meta, anatomy, experts)
     except BaseException:
         checkpoint.close()
         raise

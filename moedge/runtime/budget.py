@@ -13,7 +13,9 @@ from torch import Tensor
 
 from moedge.errors import ContextError, MemoryLimitError, ModelError
 from moedge.models.load import Blueprint
+from moedge.models.pack import PackedExperts
 from moedge.runtime.device import process_memory
+from moedge.runtime.extents import SCRATCH
 from moedge.runtime.reader import BLOCK, PAGE
 from moedge.runtime.store import READ_THREADS
 from moedge.units import format_size
@@ -135,9 +137,7 @@ def _fixed_rows(blueprint: Blueprint, context: int | None, parallel: int, chunk:
     tokens = context or 0
     chunk = min(chunk, tokens) if tokens else chunk
     cache = context_bytes(blueprint, tokens) * parallel if tokens else 0
-    scratch = 0
-    if any(not blueprint.experts.is_copied(0, source) for source in blueprint.experts.sources(0, 0)):
-        scratch = 2 * max(blueprint.experts.nbytes(layer.index, 0) for layer in blueprint.anatomy.layers)
+    scratch = blueprint.experts.conversion_bytes
     return (
         Row(
             "process",
@@ -147,7 +147,9 @@ def _fixed_rows(blueprint: Blueprint, context: int | None, parallel: int, chunk:
         Row("backbone", blueprint.backbone_bytes, f"parameters outside the experts, {blueprint.dtype}"[:60]),
         Row("context", cache, f"{tokens} tokens for {parallel}, cache of the model run on the meta device"),
         Row(
-            "activations", activation_bytes(blueprint, chunk, tokens), f"estimate for a prefill chunk of {chunk} tokens"
+            "activations",
+            activation_bytes(blueprint, chunk, tokens) + _coded_bytes(blueprint, chunk),
+            f"estimate for a prefill chunk of {chunk} tokens",
         ),
         Row("logits", max(LOGITS, 4 * 4 * _vocabulary(blueprint)), "for inputs scored at once"),
         Row(
@@ -231,6 +233,15 @@ def activation_bytes(blueprint: Blueprint, chunk: int, context: int) -> int:
     scores = 16 * max(layer.num_experts for layer in blueprint.anatomy.layers)  # fp32 router logits and their copies
     mask = 5 * max(chunk, context)  # per token: bool, and the additive float that attention makes of it
     return chunk * (per_token * size + scores + mask)
+
+
+def _coded_bytes(blueprint: Blueprint, chunk: int) -> int:
+    """What experts in int8 or int4 take while they compute: one of them dequantised, and fp32 inputs and outputs."""
+    if not isinstance(blueprint.experts, PackedExperts) or all(layer.plain for layer in blueprint.experts.layers):
+        return 0
+    layers = blueprint.anatomy.layers
+    rows = max(layer.top_k for layer in layers) + 4
+    return max(layer.expert_bytes for layer in layers) + SCRATCH + 4 * chunk * rows * _hidden(blueprint)
 
 
 def _hidden(blueprint: Blueprint) -> int:

@@ -46,6 +46,10 @@ class DirectReader:
             count += self._files[path].read(run, self._buffer())
         return count
 
+    def read_extent(self, part: Part, memory: torch.Tensor) -> int:
+        """Fill `memory`, uint8 that starts at a page, with a part that starts at one and is whole pages: no copy."""
+        return self._files[part.info.file].read_extent(part, memory)
+
     def _buffer(self) -> mmap.mmap:
         buffer: mmap.mmap | None = getattr(self._buffers, "buffer", None)
         if buffer is None:
@@ -79,7 +83,7 @@ class _DirectFile:
         block, count = np.frombuffer(buffer, dtype=np.uint8), 0
         for at in range(begin, end, BLOCK):
             want = min(BLOCK, -(-(end - at) // PAGE) * PAGE)
-            got = self._fill(buffer, at, want, min(want, end - at), run[0][0].info.name)
+            got = self._fill(memoryview(buffer), at, want, min(want, end - at), run[0][0].info.name)
             count += got
             for part, target in run:
                 low, high = max(part.offset, at), min(part.offset + part.nbytes, at + got)
@@ -89,9 +93,14 @@ class _DirectFile:
             self._shard.check_unchanged(part.info.name)
         return count
 
-    def _fill(self, buffer: mmap.mmap, at: int, want: int, need: int, tensor: str) -> int:
-        """At least `need` bytes from `at` into `buffer`, `want` where the file goes on; returns how many."""
-        view, done = memoryview(buffer), 0
+    def read_extent(self, part: Part, memory: torch.Tensor) -> int:
+        count = self._fill(memory.numpy().data, part.offset, part.nbytes, part.nbytes, part.info.name)
+        self._shard.check_unchanged(part.info.name)
+        return count
+
+    def _fill(self, view: memoryview, at: int, want: int, need: int, tensor: str) -> int:
+        """At least `need` bytes from `at` into `view`, `want` where the file goes on; returns how many."""
+        done = 0
         while done < need:
             try:
                 count = self._pread(view[done:want], at + done)

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from moedge.models.expert_map import ExpertMap
+from moedge.models.pack import PackedExperts
 from moedge.runtime.policy import LayerCache
 from moedge.runtime.reader import PAGE, DirectReader, Target
 
@@ -87,6 +88,41 @@ class Slots:
         return self._bytes[slot * self.stride : (slot + 1) * self.stride]
 
 
+def read_expert(
+    experts: ExpertMap | PackedExperts, reader: DirectReader, layer: int, expert: int, memory: torch.Tensor
+) -> int:
+    """Bring one expert into `memory`, a slot. Returns the bytes read. Raises CheckpointError."""
+    if isinstance(experts, PackedExperts):
+        return _read_extent(experts, reader, layer, expert, memory)
+    targets: list[Target] = []
+    conversions: list[Callable[[], None]] = []
+    for field, source in zip(experts.layouts[layer].fields, experts.sources(layer, expert), strict=True):
+        if experts.is_copied(layer, source):
+            target, start = experts.memory(field, source, memory), 0
+            for part in source.parts:
+                targets.append((part, target[start : start + part.nbytes]))
+                start += part.nbytes
+        else:
+            raw = [torch.empty(part.nbytes, dtype=torch.uint8) for part in source.parts]
+            targets.extend(zip(source.parts, raw, strict=True))
+            conversions.append(lambda f=field, s=source, r=raw: experts.convert_into(f, s, r, memory))  # type: ignore[misc]
+    count = reader.read(targets)
+    for convert in conversions:
+        convert()
+    return count
+
+
+def _read_extent(experts: PackedExperts, reader: DirectReader, layer: int, expert: int, memory: torch.Tensor) -> int:
+    part = experts.extent(layer, expert)
+    direct = experts.is_direct(layer)
+    extent = memory[: part.nbytes] if direct else Slots(1, part.nbytes)[0]
+    count = reader.read_extent(part, extent)
+    experts.check(layer, expert, extent)
+    if not direct:
+        experts.convert(layer, expert, extent, memory)
+    return count
+
+
 class DiskStore:
     """Experts on disk, as many in memory as there are slots.
 
@@ -96,7 +132,7 @@ class DiskStore:
 
     def __init__(
         self,
-        experts: ExpertMap,
+        experts: ExpertMap | PackedExperts,
         reader: DirectReader,
         caches: Sequence[LayerCache],
         spare: int,
@@ -183,23 +219,7 @@ class DiskStore:
 
     def _load(self, layer: int, expert: int, slot: int) -> int:
         """Bring one expert into a slot (on a reading thread). Returns the bytes read."""
-        memory, layout = self._slots[slot], self._map.layouts[layer]
-        targets: list[Target] = []
-        conversions: list[Callable[[], None]] = []
-        for field, source in zip(layout.fields, self._map.sources(layer, expert), strict=True):
-            if self._map.is_copied(layer, source):
-                target, start = self._map.memory(field, source, memory), 0
-                for part in source.parts:
-                    targets.append((part, target[start : start + part.nbytes]))
-                    start += part.nbytes
-            else:
-                raw = [torch.empty(part.nbytes, dtype=torch.uint8) for part in source.parts]
-                targets.extend(zip(source.parts, raw, strict=True))
-                conversions.append(lambda f=field, s=source, r=raw: self._map.convert_into(f, s, r, memory))  # type: ignore[misc]
-        count = self._reader.read(targets)
-        for convert in conversions:
-            convert()
-        return count
+        return read_expert(self._map, self._reader, layer, expert, self._slots[slot])
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)

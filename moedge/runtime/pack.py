@@ -1,0 +1,305 @@
+"""Write a packed checkpoint, expert by expert, and check one. The format is in models/pack.py.
+
+Each thread reads one expert, makes its extent and writes it past the page cache to its place in the file; the backbone
+and the header follow. Knows files and extents; no model is loaded.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import struct
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moedge.errors import CheckpointError, MemoryLimitError, ModelError
+from moedge.models.checkpoint import DTYPES, READ_BLOCK, Checkpoint, TensorInfo
+from moedge.models.expert_map import ExpertMap
+from moedge.models.hub import FILES, resolve
+from moedge.models.load import Blueprint, draw
+from moedge.models.pack import (
+    BACKBONE,
+    EXPERTS,
+    Manifest,
+    PackedCheckpoint,
+    PackedLayer,
+    checksum,
+    is_packed,
+)
+from moedge.runtime.budget import LATER_IMPORTS
+from moedge.runtime.device import process_memory, return_freed_memory
+from moedge.runtime.extents import SCRATCH, describe, extent_of, fill
+from moedge.runtime.formats import PLAIN, Format
+from moedge.runtime.journal import Unfinished
+from moedge.runtime.reader import BLOCK, PAGE, DirectReader
+from moedge.runtime.store import Slots, read_expert
+from moedge.units import format_size
+
+THREADS = 4  # experts under way at once; each waits for the disk most of the time
+Report = Callable[[int, int], None]  # bytes done, of how many
+
+
+def pack(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    format: Format = PLAIN,
+    memory: int | None = None,
+    report: Report = lambda done, total: None,
+) -> dict[str, int]:
+    """Write `model` to the folder `out`, its experts in `format`; sizes in bytes of what was written.
+
+    `memory` limits the process. Continues a run that was killed, to the same bytes. Raises CheckpointError where `out`
+    exists, the disk is full, or the model is damaged; ModelError; MemoryLimitError.
+    """
+    folder, out = resolve(model), Path(out)
+    if is_packed(folder):
+        raise ModelError(f"{folder} is packed already: pack the original")
+    blueprint = draw(folder)
+    try:
+        assert isinstance(blueprint.experts, ExpertMap)
+        plan = _Plan(blueprint, blueprint.experts, format)
+        threads = _threads(plan, memory)
+        unfinished = Unfinished(out, plan.identity())
+        try:
+            unfinished.check_space(plan.total)
+            with unfinished.writing():
+                _write(plan, unfinished, threads, report)
+            unfinished.finish()
+        finally:
+            unfinished.close()
+    finally:
+        blueprint.checkpoint.close()
+    sizes = {name: (out / name).stat().st_size for name in (EXPERTS, BACKBONE)}
+    return {
+        "experts": len(plan.manifest.keys),
+        "experts_bytes": sizes[EXPERTS],
+        "backbone_bytes": sizes[BACKBONE],
+        "total_bytes": sum(file.stat().st_size for file in out.iterdir()),
+    }
+
+
+class _Plan:
+    """What will be written, known before a byte is."""
+
+    def __init__(self, blueprint: Blueprint, experts: ExpertMap, format: Format) -> None:
+        self.blueprint, self.experts, self.format = blueprint, experts, format
+        self.checkpoint = blueprint.checkpoint
+        tensors = [info for info in self.checkpoint.tensors.values() if info.name not in experts.tensors]
+        self.backbone = sorted(tensors, key=lambda info: (info.file.name, info.offset))
+        self.small = _small_files(blueprint.folder)
+        none = "0" * 8
+        self.manifest = Manifest(
+            source=_source(blueprint),
+            layers=tuple(describe(layer, experts, format) for layer in blueprint.anatomy.layers),
+            backbone={info.name: (none, info.offset % 64) for info in self.backbone},
+            backbone_header=none,
+            files={path.name: none for path in self.small},
+            extents=(none,) * sum(layer.num_experts for layer in blueprint.anatomy.layers),
+        )
+
+    @property
+    def total(self) -> int:
+        """Bytes of the whole folder."""
+        small = sum(path.stat().st_size for path in self.small)
+        return self.manifest.file_size + sum(info.nbytes for info in self.backbone) + small
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to be continued: the header, and the files that are read."""
+        stats = [(path.name, path.stat()) for path in (*self.checkpoint.files, *self.small)]
+        files = sorted((name, status.st_size, status.st_mtime_ns) for name, status in stats)
+        return {"header": checksum(self.manifest.head()), "files": files, "torch": torch.__version__}
+
+
+def _source(blueprint: Blueprint) -> dict[str, str]:
+    infos = sorted(blueprint.checkpoint.tensors.values(), key=lambda info: info.name)
+    shapes = json.dumps([(info.name, str(info.dtype), info.shape) for info in infos])
+    config = (blueprint.folder / "config.json").read_bytes()
+    return {name: _hash(value) for name, value in (("config", config), ("tensors", shapes.encode()))}
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _small_files(folder: Path) -> list[Path]:
+    """What is copied: all that moedge fetches from the hub but weights, and the model's card and licence."""
+    patterns = [*(p for p in FILES if "safetensors" not in p), "*.md", "LICENSE*"]
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if not path.name.endswith(".index.json"))
+
+
+def _threads(plan: _Plan, memory: int | None) -> int:
+    """How many experts can be under way within the limit. Raises MemoryLimitError."""
+    slot = max(layout.nbytes for layout in plan.experts.layouts)
+    extent = max(layer.stride for layer in plan.manifest.layers)
+    each = slot + plan.experts.conversion_bytes + BLOCK + (0 if plan.format == PLAIN else extent + SCRATCH)
+    if memory is None:
+        return THREADS
+    fixed = process_memory()[0] + LATER_IMPORTS + 2 * READ_BLOCK
+    if memory < fixed + each:
+        raise MemoryLimitError(
+            f"packing needs {format_size(fixed + each)}, {format_size(each)} of it for one expert, "
+            f"--memory gives {format_size(memory)}: raise it"
+        )
+    return_freed_memory()
+    return min(THREADS, (memory - fixed) // each)
+
+
+def _write(plan: _Plan, unfinished: Unfinished, threads: int, report: Report) -> None:
+    manifest, folder = plan.manifest, unfinished.folder
+    total = manifest.file_size + sum(info.nbytes for info in plan.backbone)
+    done = 0
+    extents: dict[tuple[int, int], str] = {}
+    writer = _ExtentWriter(plan, unfinished)
+    with ThreadPoolExecutor(threads, thread_name_prefix="moedge-pack") as pool:
+        try:
+            futures = {pool.submit(writer.write, *key): key for key in manifest.keys}
+            for future in as_completed(futures):
+                key = futures[future]
+                extents[key] = future.result()
+                done += manifest.layers[key[0]].stride
+                report(done, total)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            writer.close()
+    head, of_tensors = _write_backbone(plan, folder / BACKBONE, lambda count: report(done + count, total))
+    files = {path.name: _copy(path, folder / path.name) for path in plan.small}
+    final = manifest.with_checksums(tuple(extents[key] for key in manifest.keys), of_tensors, head, files)
+    with open(folder / EXPERTS, "r+b") as file:
+        file.write(final.head())
+    report(total, total)
+
+
+class _ExtentWriter:
+    """Makes and writes single extents, on any number of threads at once."""
+
+    def __init__(self, plan: _Plan, unfinished: Unfinished) -> None:
+        self._plan, self._unfinished = plan, unfinished
+        self._places = plan.manifest.places
+        self._reader = DirectReader(plan.checkpoint)
+        self._fd = _open_direct(unfinished.folder / EXPERTS)
+        self._memory = threading.local()
+        self._extents = [extent_of(layer) for layer in plan.manifest.layers]
+
+    def write(self, layer: int, expert: int) -> str:
+        """The checksum of the extent, which is in its place now: from an earlier run where that is still right."""
+        packed, offset = self._plan.manifest.layers[layer], self._places[layer, expert]
+        source, target = self._buffers(layer, packed)
+        earlier = self._unfinished.done.get((layer, expert))
+        if earlier is not None and self._holds(target.numpy().data, offset, earlier):
+            return earlier
+        source.zero_()  # gaps are zero, whatever was there before
+        read_expert(self._plan.experts, self._reader, layer, expert, source)
+        if target is not source:
+            target.zero_()
+            values = self._plan.experts.views(layer, expert, source)
+            transposed = self._plan.blueprint.anatomy.layers[layer].kind.transposed
+            fill(self._extents[layer], values, transposed, target, f"expert {expert} of layer {layer}")
+        digits = checksum(target)
+        view, done = target.numpy().data, 0
+        while done < len(view):
+            done += os.pwrite(self._fd, view[done:], offset + done)
+        self._unfinished.record(layer, expert, digits)
+        return digits
+
+    def _holds(self, view: memoryview, offset: int, expected: str) -> bool:
+        """Whether the file has what an earlier run recorded: after a power cut it may not."""
+        return os.preadv(self._fd, [view], offset) == len(view) and checksum(view) == expected
+
+    def _buffers(self, layer: int, packed: PackedLayer) -> tuple[torch.Tensor, torch.Tensor]:
+        """This thread's memory for the expert as it is and for its extent; the same where that is plain."""
+        held = self._memory.__dict__
+        if "source" not in held:
+            held["source"] = Slots(1, max(layout.nbytes for layout in self._plan.experts.layouts))[0]
+            if not packed.plain:
+                held["target"] = Slots(1, max(each.stride for each in self._plan.manifest.layers))[0]
+        source: torch.Tensor = held["source"]
+        source = source[: -(-self._plan.experts.layouts[layer].nbytes // PAGE) * PAGE]
+        return source, source if packed.plain else held["target"][: packed.stride]
+
+    def close(self) -> None:
+        self._reader.close()
+        os.close(self._fd)
+
+
+def _open_direct(path: Path) -> int:
+    """Open for reading and writing, past the page cache where the file system does that."""
+    flags = os.O_RDWR | os.O_CREAT
+    if hasattr(os, "O_DIRECT"):
+        try:
+            return os.open(path, flags | os.O_DIRECT, 0o666)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+    return os.open(path, flags, 0o666)
+
+
+def _write_backbone(plan: _Plan, path: Path, report: Callable[[int], None]) -> tuple[str, dict[str, str]]:
+    """Write an ordinary safetensors file block by block; checksums of its header and of each tensor."""
+    names, end = {dtype: name for name, dtype in DTYPES.items()}, 0
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for info in plan.backbone:
+        span = [end, end + info.nbytes]
+        entries[info.name] = {"dtype": names[info.dtype], "shape": info.shape, "data_offsets": span}
+        end += info.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    length = -(-len(text) // 64) * 64
+    head = struct.pack("<Q", length) + text.ljust(length)
+    checksums = {}
+    written = 0
+    with open(path, "wb") as file:
+        file.write(head)
+        for info in plan.backbone:
+            crc = 0
+            for block in _blocks(plan.checkpoint, info):
+                data = block.numpy().data
+                crc = zlib.crc32(data, crc)
+                file.write(data)
+                written += len(data)
+                report(written)
+            checksums[info.name] = f"{crc:08x}"
+    return checksum(head), checksums
+
+
+def _blocks(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[torch.Tensor]:
+    for begin in range(0, info.nbytes, READ_BLOCK):
+        yield checkpoint.shard(info.file).pread(info.offset + begin, min(READ_BLOCK, info.nbytes - begin), info.name)
+
+
+def _copy(source: Path, target: Path) -> str:
+    data = source.read_bytes()
+    target.write_bytes(data)
+    return checksum(data)
+
+
+def verify(folder: Path, report: Report = lambda done, total: None) -> dict[str, int]:
+    """Check every byte of a packed folder; counts of what was checked.
+
+    Raises CheckpointError, naming file and expert or tensor, for the first that is damaged.
+    """
+    if not is_packed(folder):
+        raise CheckpointError(f"{folder} has no {EXPERTS}: it is not a packed model")
+    checkpoint = PackedCheckpoint(folder)
+    reader = DirectReader(checkpoint)
+    try:
+        manifest, done = checkpoint.manifest, 0
+        total = sum(info.nbytes for info in checkpoint.tensors.values())
+        for name in manifest.backbone:
+            done += checkpoint.read(name).nbytes
+            report(done, total)
+        memory = Slots(1, max(layer.stride for layer in manifest.layers))[0]
+        for layer, expert in manifest.keys:
+            part = checkpoint.extent(layer, expert)
+            done += reader.read_extent(part, memory[: part.nbytes])
+            checkpoint.check(layer, expert, memory[: part.nbytes])
+            report(done, total)
+        return {"experts": len(manifest.keys), "tensors": len(manifest.backbone), "files": len(manifest.files)}
+    finally:
+        reader.close()
+        checkpoint.close()

@@ -1,0 +1,98 @@
+"""`moedge pack`: a copy of a model that is read faster and may be smaller, and the check of one."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from moedge.terminal import SIZE, console, json_option, print_json
+from moedge.units import format_size
+
+if TYPE_CHECKING:
+    from moedge.runtime.pack import Report
+
+EXAMPLES = """\b
+Examples:
+  moedge pack ./OLMoE-1B-7B ./OLMoE-int8 --bits 8
+  moedge pack ./OLMoE-1B-7B ./OLMoE-int4 --bits 4 --group 32 --memory 1GiB
+  moedge pack --verify ./OLMoE-int4
+"""
+
+
+@click.command(epilog=EXAMPLES)
+@click.argument("model")
+@click.argument("out", required=False)
+@click.option("--bits", type=click.Choice(["16", "8", "4"]), help="16 (default): the experts as they are, exactly.")
+@click.option("--group", type=click.Choice(["32", "64", "128", "256"]), help="Numbers that share a scale. Default: 32.")
+@click.option("--asymmetric", is_flag=True, help="A zero point for each group as well.")
+@click.option("--memory", type=SIZE, help="Limit for the whole process, such as 900MiB.")
+@click.option("--verify", "verifying", is_flag=True, help="Check every byte of the packed MODEL; write nothing.")
+@json_option
+def command(
+    model: str,
+    out: str | None,
+    bits: str | None,
+    group: str | None,
+    asymmetric: bool,
+    memory: int | None,
+    verifying: bool,
+    as_json: bool,
+) -> None:
+    """Write MODEL to the new folder OUT, which every verb takes in its place.
+
+    Each expert is one extent there, read at once and checked at its first use. The backbone stays as it is. A run that
+    was interrupted goes on when the same command is given again.
+    """
+    if verifying:
+        if out or bits or group or asymmetric:
+            raise click.UsageError("--verify takes a packed MODEL and no other settings")
+        _verify(model, as_json)
+        return
+    if out is None:
+        raise click.UsageError("name the folder OUT that the packed model goes to")
+    if bits in (None, "16") and (group or asymmetric):
+        raise click.UsageError("--group and --asymmetric are for --bits 8 and 4")
+    from moedge.runtime.formats import PLAIN, Format
+    from moedge.runtime.pack import pack
+
+    format = PLAIN if bits in (None, "16") else Format(f"int{bits}", int(group or 32), symmetric=not asymmetric)
+    start = time.perf_counter()
+    with _progress(f"packing {model}") as report:
+        sizes = pack(model, out, format, memory, report)
+    seconds = time.perf_counter() - start
+    if as_json:
+        print_json({"model": model, "out": out, "format": str(format), "seconds": seconds} | sizes)
+        return
+    speed = f"{format_size(sizes['total_bytes'] / seconds)}/s"
+    click.echo(
+        f"{out}: {sizes['experts']} experts, {format}, {format_size(sizes['experts_bytes'])}; backbone "
+        f"{format_size(sizes['backbone_bytes'])}; {seconds:.1f} s, {speed} written"
+    )
+
+
+def _verify(model: str, as_json: bool) -> None:
+    from moedge.models.hub import resolve
+    from moedge.runtime.pack import verify
+
+    folder: Path = resolve(model)
+    with _progress(f"checking {model}") as report:
+        counts = verify(folder, report)
+    if as_json:
+        print_json({"model": model} | counts)
+        return
+    click.echo(f"{model}: {counts['experts']} experts, {counts['tensors']} other tensors and {counts['files']} files: "
+               "all as they were packed")  # fmt: skip
+
+
+@contextmanager
+def _progress(what: str) -> Iterator["Report"]:
+    """A bar with bytes, speed and time left on stderr, where that is a terminal."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(what, markup=False), BarColumn(), DownloadColumn(binary_units=True))
+    with Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task(what)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
