@@ -5,7 +5,7 @@ added in expert-index order whatever the order in which the experts arrived. Kno
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moedge.errors import ModelError
 from moedge.models.anatomy import Anatomy, MoeLayer, expert_modules
 from moedge.runtime.store import ExpertStore, Parameters
+
+if TYPE_CHECKING:
+    from moedge.runtime.coded import CodedLayer
 
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 IMPLEMENTATION = "moedge"  # the name in transformers' registry of experts implementations
@@ -34,6 +37,7 @@ class ExpertSource:
 
     def __init__(self, layer: MoeLayer) -> None:
         self.store: ExpertStore | None = None
+        self.coded: CodedLayer | None = None  # where the experts are not plain
         self._layer, self._num_experts, self._shapes = layer.index, layer.num_experts, layer.parameters
         self._sum_dtypes: dict[tuple[torch.dtype, torch.dtype], torch.dtype] = {}
 
@@ -46,10 +50,19 @@ class ExpertSource:
 
     def fetch(self, index: Tensor, weights: Tensor | None) -> Iterator[tuple[int, Parameters]]:
         """The experts that `index` ([T, k]) names, each once; ids beyond the layer's experts mean "none"."""
+        _, fetched = self._fetch(index, weights)
+        return fetched if self.coded is None else self.coded.decode(fetched)
+
+    def mix(self, coded: "CodedLayer", hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The layer's result straight from the extents of its experts."""
+        experts, fetched = self._fetch(index, weights)
+        return coded.mix(hidden, index, weights, experts, fetched)
+
+    def _fetch(self, index: Tensor, weights: Tensor | None) -> tuple[list[int], Iterator[tuple[int, Parameters]]]:
         if self.store is None:
             raise ModelError("this model was closed: load it again with moedge.load")
         experts, probabilities = _distinct(index, weights, self._num_experts)
-        return self.store.fetch(self._layer, experts, probabilities)
+        return experts, self.store.fetch(self._layer, experts, probabilities)
 
 
 def _distinct(index: Tensor, weights: Tensor | None, num_experts: int) -> tuple[list[int], list[float] | None]:
@@ -76,6 +89,8 @@ def _rows(index: Tensor, expert: int) -> tuple[Tensor, Tensor]:
 
 def _mix(module: Any, source: ExpertSource, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     # [T, H], [T, k], [T, k] -> [T, H]
+    if source.coded is not None and source.coded.kernel is not None:
+        return source.mix(source.coded, hidden, index, weights)
     done: dict[int, tuple[Tensor, Tensor]] = {}  # expert -> tokens [N], weighted outputs [N, H]
     for expert, parameters in source.fetch(index, weights):
         position, token = _rows(index, expert)

@@ -16,6 +16,7 @@ from moedge.errors import CheckpointError, ContextError, MemoryLimitError, Model
 from moedge.models.anatomy import Anatomy
 from moedge.models.hub import resolve
 from moedge.models.load import Blueprint, draw, load_backbone, load_tokenizer
+from moedge.models.pack import PackedExperts
 from moedge.runtime.budget import Plan, make_plan
 from moedge.runtime.device import return_freed_memory
 from moedge.runtime.experts import IMPLEMENTATION, ExpertSource, connect, register, take_out_experts
@@ -140,11 +141,17 @@ def _assemble(blueprint: Blueprint, plan: Plan, tokenizer: PreTrainedTokenizerBa
         take_out=lambda meta, anatomy: sources.extend(take_out_experts(meta, anatomy)),
         experts_implementation=None if modular else IMPLEMENTATION,
     )
+    experts = blueprint.experts
+    if isinstance(experts, PackedExperts) and not all(layer.plain for layer in experts.layers):
+        from moedge.runtime.coded import coded_layers  # here: other models do without the kernels
+
+        for source, coded in zip(sources, coded_layers(model, blueprint.anatomy, experts), strict=True):
+            source.coded = coded
     caches = [
         LayerCache(count, capacity, POLICIES[policy](count, capacity))
         for count, capacity in zip(plan.num_experts, plan.capacities, strict=True)
     ]
-    store = DiskStore(blueprint.experts, DirectReader(blueprint.checkpoint), caches, plan.spare)
+    store = DiskStore(experts, DirectReader(blueprint.checkpoint), caches, plan.spare)
     return LM(model, tokenizer, store, plan, blueprint, sources)
 
 

@@ -1,0 +1,68 @@
+"""Experts in int8 or int4, one layer of a model: computed by a kernel from their extents, or turned into parameters.
+
+The kernel is used where it knows how the model's experts compute; elsewhere, and in a backward pass, an expert is
+dequantised to the model's dtype. Knows extents and tokens; no disk.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moedge.models.anatomy import Anatomy, MoeLayer
+from moedge.models.pack import EXTENT, PackedExperts, PackedLayer
+from moedge.native import library as native
+from moedge.native.threads import best, calibrated
+from moedge.runtime.extents import extent_of, parameters
+from moedge.runtime.kernels import LayerKernel, Routing, recognise, route
+
+Fetched = Iterable[tuple[int, dict[str, Tensor]]]
+
+
+class CodedLayer:
+    """`kernel` None: it does not know this kind of expert."""
+
+    def __init__(self, packed: PackedLayer, layer: MoeLayer, kernel: LayerKernel | None) -> None:
+        self.kernel = kernel
+        self._extent, self._transposed = extent_of(packed), layer.kind.transposed
+
+    def decode(self, fetched: Fetched) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """The experts with parameters as the model has them."""
+        for expert, held in fetched:
+            yield expert, parameters(self._extent, held[EXTENT], self._transposed)
+
+    def mix(self, hidden: Tensor, index: Tensor, weights: Tensor, experts: Sequence[int], fetched: Fetched) -> Tensor:
+        """Weighted outputs added up in the order of `experts`, [T, H], [T, k], [T, k] -> [T, H]."""
+        assert self.kernel is not None
+        x = hidden.float()
+        routing = route(index, weights, experts)
+        terms = x.new_empty(len(routing.tokens), x.shape[1])  # [R, H]
+        rows = dict(zip(experts, pairwise(routing.starts), strict=True))
+        for expert, held in fetched:
+            begin, end = rows[expert]
+            tokens, weight = routing.tokens[begin:end], routing.weights[begin:end]
+            own = Routing([0, end - begin], torch.arange(end - begin, dtype=torch.int32), weight)
+            terms[begin:end] = self.kernel.terms(x[tokens], [held[EXTENT]], own)
+        out = torch.zeros_like(x)
+        for begin, end in rows.values():
+            out.index_add_(0, routing.tokens[begin:end], terms[begin:end])
+        return out.to(hidden.dtype)
+
+
+def coded_layers(model: Any, anatomy: Anatomy, experts: PackedExperts) -> list[CodedLayer | None]:
+    """For each layer of a loaded model what computes its experts; None for those that are plain."""
+    library = native.load()
+    speeds = {1: (0.0, 1.0)} if library is None else calibrated(library, torch.get_num_threads())
+    found: list[CodedLayer | None] = []
+    for layer, packed in zip(anatomy.layers, experts.layers, strict=True):
+        if packed.plain:
+            found.append(None)
+            continue
+        recipe = None if layer.kind.modular else recognise(model.get_submodule(layer.experts))
+        known = recipe is not None and {recipe.up, "down_proj"} <= packed.tensors.keys()
+        threads = best(speeds, packed.nbytes)
+        kernel = LayerKernel(extent_of(packed), recipe, library, threads) if recipe and known else None
+        found.append(CodedLayer(packed, layer, kernel))
+    return found
