@@ -1,14 +1,15 @@
 """How near to the memory's speed are the kernels: microseconds and GB/s per expert, against torch's own products.
 
 Tokens through a layer of 8 experts of three matrices of 2048 x 1024, in turn from 300 MiB of them, so that no cache
-holds any. The memory's speed is that of a C loop that only reads and adds, with the same threads. A figure is the
-median of the rounds' medians; every round goes over everything, so that a change of the machine's load meets all.
+holds any. The memory's speed is that of a C loop that only reads and adds, with the same threads; it is measured in
+turn with each product, call by call, so that a change of the machine's load meets both. Figures are medians of calls.
 torch multiplies the same three matrices, stored as its kernels want them; its activation and sum are left out.
 """
 
 import statistics
 import time
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import click
@@ -94,10 +95,15 @@ def torch_int8() -> tuple[Layer, int]:
 def torch_int4() -> tuple[Layer, int]:
     """torch's int4 in groups of 32."""
 
+    @cache
+    def packed_once(shape: tuple[int, ...]) -> Tensor:
+        codes = torch.randint(0, 16, shape, dtype=torch.int32)
+        found: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        return found
+
     def pack(w: Tensor) -> Any:
-        codes = torch.randint(0, 16, w.shape, dtype=torch.int32)
         scales = torch.ones(w.shape[1] // 32, w.shape[0], 2, dtype=torch.bfloat16)
-        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), scales
+        return packed_once(tuple(w.shape)).clone(), scales
 
     def product(x: Tensor, packed: Any) -> Tensor:
         found: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed[0], 32, packed[1])
@@ -118,33 +124,34 @@ def read_layer(library: Library, threads: int) -> tuple[Layer, int]:
     return run, nbytes
 
 
-def timed(layer: Layer, calls: int) -> float:
-    """Seconds of a layer, per expert: the median of `calls` calls after two more."""
-    times = []
-    for _ in range(calls + 2):
-        start = time.perf_counter()
-        layer()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:]) / EXPERTS
+def timed(layer: Layer) -> float:
+    start = time.perf_counter()
+    layer()
+    return (time.perf_counter() - start) / EXPERTS
 
 
-def layers(library: Library, threads: int, rows: int) -> dict[str, tuple[Layer, int]]:
-    """name -> (layer, bytes of an expert) of everything that is compared."""
-    made = {"read": read_layer(library, threads)}
+def in_turn(layer: Layer, read: Layer, calls: int) -> tuple[float, float]:
+    """Median seconds per expert of `layer` and of `read`, after two calls of each."""
+    pairs = [(timed(layer), timed(read)) for _ in range(calls + 2)][2:]
+    return statistics.median(own for own, _ in pairs), statistics.median(other for _, other in pairs)
+
+
+def compared(library: Library, threads: int, rows: int) -> dict[str, Callable[[], tuple[Layer, int]]]:
+    """name -> what makes the layer and says the bytes of an expert."""
+    made: dict[str, Callable[[], tuple[Layer, int]]] = {}
     for name in FORMATS:
-        made[f"C {name}"] = kernel_layer(library, name, threads, rows)
+        made[f"C {name}"] = partial(kernel_layer, library, name, threads, rows)
     if rows == 1:
-        return made | {"torch bf16": torch_bf16(), "torch int8 dynamic": torch_int8(), "torch int4": torch_int4()}
-    return made | {"dequantised int8-g32": kernel_layer(None, "int8-g32", threads, rows)}
+        return made | {"torch bf16": torch_bf16, "torch int8 dynamic": torch_int8, "torch int4": torch_int4}
+    return made | {"int8-g32 through torch": partial(kernel_layer, None, "int8-g32", threads, rows)}
 
 
 @click.command()
 @click.option("--threads", default="1,2", show_default=True, help="numbers of threads, comma between them")
 @click.option("--rows", default=1, show_default=True, help="tokens per expert")
-@click.option("--rounds", default=3, show_default=True)
-@click.option("--calls", default=15, show_default=True, help="timed calls of each layer in a round")
+@click.option("--calls", default=45, show_default=True, help="timed calls of each layer")
 @click.option("--save", is_flag=True, help="write benchmarks/results/kernels.json")
-def main(threads: str, rows: int, rounds: int, calls: int, save: bool) -> None:
+def main(threads: str, rows: int, calls: int, save: bool) -> None:
     """Time every format of the C kernels and torch's products of the same shapes."""
     library = load()
     if library is None:
@@ -152,23 +159,15 @@ def main(threads: str, rows: int, rounds: int, calls: int, save: bool) -> None:
     table: list[dict[str, Any]] = []
     for count in map(int, threads.split(",")):
         torch.set_num_threads(count)
-        compared = layers(library, count, rows)
-        all_rounds = [{name: timed(layer, calls) for name, (layer, _) in compared.items()} for _ in range(rounds)]
-        speed = {}
-        for name, (_, nbytes) in compared.items():
-            seconds = statistics.median(each[name] for each in all_rounds)
-            speed[name] = nbytes / seconds / 1e9
-            table.append(
-                {
-                    "product": name,
-                    "threads": count,
-                    "µs per expert": seconds * 1e6,
-                    "GB/s": speed[name],
-                    "of the memory's speed": speed[name] / speed["read"],
-                }
-            )
+        read, read_bytes = read_layer(library, count)
+        for name, make in compared(library, count, rows).items():
+            layer, nbytes = make()
+            seconds, read_seconds = in_turn(layer, read, calls)
+            speed, read_speed = nbytes / seconds / 1e9, read_bytes / read_seconds / 1e9
+            row = {"product": name, "threads": count, "µs per expert": seconds * 1e6, "GB/s": speed}
+            table.append(row | {"memory GB/s": read_speed, "share": speed / read_speed})
     name = "kernels" if rows == 1 else f"kernels-{rows}-rows"
-    publish(name, table, {"variant": library.variant, "rows": rows, "rounds": rounds, "figures": table}, save)
+    publish(name, table, {"variant": library.variant, "rows": rows, "calls": calls, "figures": table}, save)
 
 
 if __name__ == "__main__":

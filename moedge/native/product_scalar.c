@@ -3,8 +3,10 @@
 #include <string.h>
 
 /* unrolled and inlined as the others are, this one took a minute to compile */
+#ifndef UNROLL
 #define UNROLL
 #define INLINE static
+#endif
 
 #include "product.h"
 #include "simd_scalar.h"

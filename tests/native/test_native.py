@@ -12,7 +12,7 @@ from moedge.native import build, library
 
 CHECK = Path(__file__).parent / "check.c"
 QUICK = ("-O1",)  # to compile; the kernels proper are what make env built
-SANITIZERS = (*QUICK, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITIZERS = (*QUICK, "-DUNROLL=", "-DINLINE=static", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
 def compile_check(cc: list[str], machine: str, flags: tuple[str, ...], folder: Path) -> Path:
