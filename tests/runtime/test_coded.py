@@ -61,13 +61,13 @@ def test_it_is_the_model_with_rounded_experts(
             torch.testing.assert_close(logits(lm.model), expected, rtol=1e-3, atol=2e-3)
 
 
-def test_without_a_kernel_it_is_equal_to_the_model_with_rounded_experts(tiny: Tiny, tmp_path: Path) -> None:
-    """Parameters made from extents have the bits of the definition."""
+def test_without_a_kernel_it_is_the_model_with_rounded_experts(tiny: Tiny, tmp_path: Path) -> None:
+    """Parameters are made from extents; transposed ones lie otherwise in memory, which moves the last bits of sums."""
     pack(tiny("gpt_oss"), tmp_path / "out", INT4)
     with load(tmp_path / "out") as lm:
         for layer in lm.anatomy.layers:
             lm.model.get_submodule(layer.experts)._moedge_source.coded.kernel = None
-        assert torch.equal(logits(lm.model), logits(rounded(tiny("gpt_oss"), INT4)))
+        torch.testing.assert_close(logits(lm.model), logits(rounded(tiny("gpt_oss"), INT4)), rtol=1e-5, atol=1e-5)
 
 
 def test_token_by_token_in_bf16(tiny: Tiny, tmp_path: Path) -> None:
