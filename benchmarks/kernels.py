@@ -2,7 +2,8 @@
 
 Tokens through a layer of 8 experts of three matrices of 2048 x 1024, in turn from 300 MiB of them, so that no cache
 holds any. The memory's speed is that of a C loop that only reads and adds, with the same threads; it is measured in
-turn with each product, call by call, so that a change of the machine's load meets both. Figures are medians of calls.
+turn with each product, call by call, so that a change of the machine's load meets both. Figures are medians of calls,
+and "undisturbed" is the share when both take their best tenth of calls: what a busy machine shows of an idle one.
 torch multiplies the same three matrices, stored as its kernels want them; its activation and sum are left out.
 """
 
@@ -130,10 +131,11 @@ def timed(layer: Layer) -> float:
     return (time.perf_counter() - start) / EXPERTS
 
 
-def in_turn(layer: Layer, read: Layer, calls: int) -> tuple[float, float]:
-    """Median seconds per expert of `layer` and of `read`, after two calls of each."""
+def in_turn(layer: Layer, read: Layer, calls: int) -> tuple[list[float], list[float]]:
+    """(best tenth, median) seconds per expert of `layer` and of `read`, after two calls of each."""
     pairs = [(timed(layer), timed(read)) for _ in range(calls + 2)][2:]
-    return statistics.median(own for own, _ in pairs), statistics.median(other for _, other in pairs)
+    tenths = [statistics.quantiles(times, n=10) for times in zip(*pairs, strict=True)]
+    return [tenths[0][0], tenths[0][4]], [tenths[1][0], tenths[1][4]]
 
 
 def compared(library: Library, threads: int, rows: int) -> dict[str, Callable[[], tuple[Layer, int]]]:
@@ -162,10 +164,11 @@ def main(threads: str, rows: int, calls: int, save: bool) -> None:
         read, read_bytes = read_layer(library, count)
         for name, make in compared(library, count, rows).items():
             layer, nbytes = make()
-            seconds, read_seconds = in_turn(layer, read, calls)
+            (best, seconds), (read_best, read_seconds) = in_turn(layer, read, calls)
             speed, read_speed = nbytes / seconds / 1e9, read_bytes / read_seconds / 1e9
             row = {"product": name, "threads": count, "µs per expert": seconds * 1e6, "GB/s": speed}
-            table.append(row | {"memory GB/s": read_speed, "share": speed / read_speed})
+            undisturbed = nbytes / best / (read_bytes / read_best)
+            table.append(row | {"memory GB/s": read_speed, "share": speed / read_speed, "undisturbed": undisturbed})
     name = "kernels" if rows == 1 else f"kernels-{rows}-rows"
     publish(name, table, {"variant": library.variant, "rows": rows, "calls": calls, "figures": table}, save)
 

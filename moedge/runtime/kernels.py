@@ -21,7 +21,7 @@ from moedge.native import library as native
 from moedge.native.library import Call, Expert, Library, Matrix
 from moedge.runtime.formats import Extent, Parts, Stored, dequantise
 
-MANY = 16  # rows of one expert from which dequantising it and multiplying with torch is faster: benchmarks/kernels.py
+MANY = 96  # rows of one expert from which dequantising it and multiplying with torch is about as fast
 SCRATCH = 4 << 20  # bytes of weights dequantised at once
 _CODES = {"int8": native.INT8, "int4": native.INT4, "mxfp4": native.MXFP4}
 _PLAIN = {torch.float32: native.F32, torch.bfloat16: native.BF16, torch.float16: native.F16}
