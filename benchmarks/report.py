@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from moedge.measure.machine import device, load_average
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -21,20 +22,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 def default_folder() -> Path:
     """$MOEDGE_BENCH_DIR/olmoe-3.4gb, or the same under /tmp."""
     return Path(os.environ.get("MOEDGE_BENCH_DIR", "/tmp")) / "olmoe-3.4gb"
-
-
-def device() -> dict[str, Any]:
-    """CPU, cores, memory and how busy the machine was when asked."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return {
-        "cpu": names[0].split(":", 1)[1].strip() if names else model,
-        "cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": platform.platform(terse=True),
-        "load_average": [round(load, 2) for load in os.getloadavg()],
-    }
 
 
 def commit() -> str:
@@ -66,7 +53,7 @@ def publish(name: str, rows: Sequence[dict[str, Any]], figures: dict[str, Any], 
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit(),
         "command": command(),
-        "device": device(),
+        "device": device() | {"load_average": load_average()},
         **figures,
     }
     if save:

@@ -19,17 +19,27 @@ PAGE = 4096
 def surroundings() -> dict[str, Any]:
     """Device, load average, version, commit and date."""
     return {
-        "device": {
-            "cpu": cpu_name(),
-            "cores": cores(),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "system": platform.platform(terse=True),
-        },
-        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "device": device(),
+        "load_average": load_average(),
         "version": version("moedge"),
         "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def device() -> dict[str, Any]:
+    """CPU, cores that may be used, memory, system."""
+    return {
+        "cpu": cpu_name(),
+        "cores": cores(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": platform.platform(terse=True),
+    }
+
+
+def load_average() -> list[float]:
+    """How busy the machine is, over 1, 5 and 15 minutes."""
+    return [round(load, 2) for load in os.getloadavg()]
 
 
 def cpu_name() -> str:
