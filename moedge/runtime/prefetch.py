@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from moedge.models.anatomy import Anatomy, MoeLayer
 from moedge.runtime.store import Glimpse
 
-WORTH = 0.75  # a rank of the guess is read while it is right this often
+WORTH = 0.92  # a rank of the guess is read while it is right this often
 MEMORY = 64  # how many guesses back that is judged, about
 
 
