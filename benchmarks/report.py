@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -13,7 +12,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from moedge.measure.machine import device, load_average
+from moedge.measure.machine import commit, device, load_average
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -22,16 +21,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 def default_folder() -> Path:
     """$MOEDGE_BENCH_DIR/olmoe-3.4gb, or the same under /tmp."""
     return Path(os.environ.get("MOEDGE_BENCH_DIR", "/tmp")) / "olmoe-3.4gb"
-
-
-def commit() -> str:
-    """Short hash, with + when the work tree differs from it."""
-    git = ["git", "-C", str(ROOT)]
-    done = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    if done.returncode:
-        return "unknown"
-    dirty = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "moedge", "benchmarks"], check=False).returncode
-    return done.stdout.strip() + ("+" if dirty else "")
 
 
 def command() -> str:
@@ -51,7 +40,7 @@ def publish(name: str, rows: Sequence[dict[str, Any]], figures: dict[str, Any], 
     result = {
         "benchmark": name,
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit(),
+        "commit": commit(ROOT / "moedge", ROOT / "benchmarks"),
         "command": command(),
         "device": device() | {"load_average": load_average()},
         **figures,

@@ -49,21 +49,26 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def commit(package: Path = PACKAGE) -> str | None:
-    """Short hash of the commit that this package runs from, with + when its files differ; None when it is installed."""
+def commit(*folders: Path) -> str | None:
+    """Short hash of the commit that `folders` (by default this package) are at, with + when their files differ.
+
+    None where git is not there or does not know the first of them: moedge is installed, perhaps inside somebody
+    else's repository.
+    """
+    paths = [str(folder) for folder in folders or (PACKAGE,)]
     try:
-        if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
-            return None  # installed, perhaps inside somebody else's repository
-        head = _git(package, "rev-parse", "--short", "HEAD")
-        changed = _git(package, "diff", "--quiet", "HEAD", "--", ".") is None
+        if _git(paths[0], "ls-files", "--error-unmatch", ".") is None:
+            return None
+        head = _git(paths[0], "rev-parse", "--short", "HEAD")
+        changed = _git(paths[0], "diff", "--quiet", "HEAD", "--", *paths) is None
     except FileNotFoundError:  # no git here
         return None
     return None if head is None else head + ("+" if changed else "")
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def _git(folder: str, *arguments: str) -> str | None:
     """What git prints, None where it fails."""
-    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=False)
     return None if done.returncode else done.stdout.strip()
 
 

@@ -39,11 +39,16 @@ class Format(Protocol):
         """The response that is not streamed."""
 
 
+def _head(kind: str, model: str) -> dict[str, Any]:
+    """What a response and all its chunks begin with."""
+    return {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+
 class CompletionFormat:
     """/v1/completions."""
 
     def __init__(self, model: str, include_usage: bool) -> None:
-        self._head: dict[str, Any] = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._head = _head("cmpl", model)
         self._more: dict[str, Any] = {"usage": None} if include_usage else {}
         self._offsets: dict[int, int] = {}
 
@@ -51,7 +56,7 @@ class CompletionFormat:
         return None
 
     def chunk(self, index: int, piece: Piece) -> str | None:
-        if not piece.text and not piece.finish and piece.likely is None:
+        if piece.is_empty:
             return None
         choice = CompletionChoice(
             index=index, text=piece.text, logprobs=self._logprobs(index, [piece]), finish_reason=piece.finish
@@ -103,14 +108,14 @@ class ChatFormat:
     """/v1/chat/completions."""
 
     def __init__(self, model: str, include_usage: bool) -> None:
-        self._head: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._head = _head("chatcmpl", model)
         self._more: dict[str, Any] = {"usage": None} if include_usage else {}
 
     def opening(self, index: int) -> str | None:
         return self._dump(index, ChatDelta(role="assistant", content=""))
 
     def chunk(self, index: int, piece: Piece) -> str | None:
-        if not piece.text and not piece.finish and piece.likely is None:
+        if piece.is_empty:
             return None
         delta = ChatDelta(content=piece.text) if piece.text else ChatDelta()
         return self._dump(index, delta, piece)

@@ -42,6 +42,11 @@ class Piece:
     likely: Likely | None
     finish: Finish | None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it adds nothing that a client could see."""
+        return not self.text and self.likely is None and self.finish is None
+
 
 def can_chat(lm: LM) -> bool:
     """Whether there is a chat template."""

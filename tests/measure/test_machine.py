@@ -31,6 +31,12 @@ def test_the_commit_is_that_of_the_files(tmp_path: Path) -> None:
     assert not clean.endswith("+")
     (tmp_path / "README").write_text("elsewhere")
     assert machine.commit(package) == clean
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    (beside / "script.py").write_text("")
+    git(tmp_path, "add", "beside")
+    assert machine.commit(package) == clean
+    assert machine.commit(package, beside) == clean + "+"
     (package / "__init__.py").write_text("changed")
     assert machine.commit(package) == clean + "+"
 
