@@ -56,14 +56,14 @@ def test_ranks_that_are_wrong_are_given_up_and_come_back(model: torch.nn.Module)
     store = Guesses(len(model.model.layers))
     Prefetcher(model, dissect(model), store)
     with torch.inference_mode():
-        for _ in range(80):  # nothing of a guess is ever used
+        for _ in range(240):  # nothing of a guess is ever used
             model(torch.tensor([[3]]))
         store.told.clear()
         model(torch.tensor([[3]]))
         assert store.told == []
         every = tuple(range(model.config.num_experts))
         store.glimpses = [Glimpse(used=every)] * len(store.glimpses)
-        for _ in range(80):
+        for _ in range(240):
             model(torch.tensor([[3]]))
     assert store.told
 
