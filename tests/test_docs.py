@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from moedge import cli
+from moedge.measure.templates import TEMPLATES
 from moedge.runtime.policy import POLICIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +32,11 @@ def test_the_reference_has_every_verb() -> None:
 def test_the_policies_are_those_of_the_registry() -> None:
     page = (ROOT / "docs" / "runtime.md").read_text()
     assert sorted(first_column(page, "| `--policy` | keeps |")) == sorted([*POLICIES, "oracle"])
+
+
+def test_the_task_templates_are_those_of_the_registry() -> None:
+    page = (ROOT / "docs" / "measure.md").read_text()
+    assert first_column(page, "| `NAME` | what a record has |") == [*TEMPLATES]
 
 
 def test_every_benchmark_is_in_the_list() -> None:
