@@ -95,7 +95,9 @@ def from_validation(errors: Any) -> ApiError:
         reason = first.get("ctx", {}).get("error", "unreadable")
         return ApiError(400, f"the body is not JSON: {reason}", code="invalid_json")
     param = ".".join(place) or None
-    return ApiError(400, f"{param or 'the body'}: {first['msg']}", param=param, code=first["type"])
+    unknown = first["type"] == "extra_forbidden"
+    reason = "not a parameter here: leave it out" if unknown else first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{param or 'the body'}: {reason}", param=param, code=first["type"])
 
 
 async def _http_error(_: Request, error: Exception) -> Response:

@@ -17,7 +17,7 @@ def _encodable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"has half of a surrogate pair at character {error.start}: send whole characters") from error
+        raise ValueError(f"half of a surrogate pair at character {error.start}: send whole characters") from error
     return text
 
 
@@ -26,7 +26,7 @@ def _only(*neutral: Any) -> Any:
 
     def check(value: Any) -> Any:
         if value is not None and not any(value == known and type(value) is type(known) for known in neutral):
-            raise ValueError("is not supported here: leave it out")
+            raise ValueError("not supported here: leave it out")
         return value
 
     return Annotated[Any, AfterValidator(check)]

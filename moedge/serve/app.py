@@ -240,7 +240,7 @@ def _add_model(app: FastAPI, service: Service) -> None:
             raise ApiError(400, "give prompt or messages, one of the two", param="prompt")
         prompt: Prompt = [m.plain() for m in body.messages] if body.messages else body.prompt or ""
         answers = _answers(request, service, [(tokenising(lm, prompt), lambda: 0)], brief=True)
-        _, ids = await anext(answers)
+        [(_, ids)] = [event async for event in answers]  # to the end: what is left before it counts as aborted
         return Tokens(tokens=ids, count=len(ids), max_model_len=context_of(lm))
 
 

@@ -126,7 +126,8 @@ def test_metrics(http: httpx.Client, served: Any) -> None:
     assert {"moedge:slots", "moedge:slot_bytes", "moedge:resident_bytes", "vllm:num_requests_waiting"} <= set(after)
 
 
-def test_tokenize(http: httpx.Client, alone: Any) -> None:
+def test_tokenize(http: httpx.Client, served: Any, alone: Any) -> None:
+    aborted = served.service.metrics.finished["abort"]
     found = http.post("/tokenize", json={"prompt": "Größe"}).json()
     assert found == {"tokens": list(alone.tokenizer("Größe")["input_ids"]), "count": 7, "max_model_len": 512}
     messages = [{"role": "user", "content": "x"}]
@@ -135,6 +136,7 @@ def test_tokenize(http: httpx.Client, alone: Any) -> None:
     assert chat["tokens"] == list(alone.tokenizer(text)["input_ids"])
     for wrong in ({}, {"prompt": "x", "messages": messages}):
         assert http.post("/tokenize", json=wrong).status_code == 400
+    assert served.service.metrics.finished["abort"] == aborted
 
 
 def test_the_page(http: httpx.Client) -> None:
