@@ -7,7 +7,7 @@ who needs a fixed order (experts.py) restores it. Knows layers and experts as in
 import mmap
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -175,7 +175,7 @@ class DiskStore:
 
     def batches(
         self, layer: int, experts: Sequence[int], weights: Sequence[float] | None = None
-    ) -> Iterator[list[tuple[int, Parameters]]]:
+    ) -> Generator[list[tuple[int, Parameters]], None, None]:
         with self._exclusive():
             event = _Event(self, layer, experts, weights)
             try:
