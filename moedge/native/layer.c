@@ -58,10 +58,11 @@ prepared moedge_take_prepared(const moedge_matrix *m, int count, uint8_t *worksp
         p.plain = take(workspace, end, blocks * BLOCK * sizeof *p.plain);
         return p;
     }
-    p.unit = m->zeros >= 0 ? 1 : m->code == MOEDGE_INT4 ? 8 : 0;
-    p.q = take(workspace, end, blocks * BLOCK * sizeof *p.q);
+    p.unit = m->zeros >= 0 ? 1 : m->code == MOEDGE_INT4 ? 8 : m->code == MOEDGE_MXFP4 ? 12 : 0;
+    if (m->code == MOEDGE_INT8) p.q = take(workspace, end, blocks * BLOCK * sizeof *p.q);
+    else p.q8 = take(workspace, end, blocks * BLOCK * sizeof *p.q8);
     p.scales = take(workspace, end, blocks * sizeof *p.scales);
-    p.sums = p.unit ? take(workspace, end, blocks * 8 * sizeof *p.sums) : NULL;
+    p.sums = p.unit ? take(workspace, end, blocks * sizeof *p.sums) : NULL;
     return p;
 }
 

@@ -7,15 +7,17 @@
 
 #define BLOCK 32 /* numbers that share an activation's scale */
 
-/* Inputs of a product: `count` rows of `columns` numbers, as fp32 (plain weights) or as int16 in blocks with a scale.
-   Padded with zeros to `blocks`, a multiple of 8. An int16 is within 2^-16 of its block's largest number. */
+/* Inputs of a product: `count` rows of `columns` numbers, as fp32 (plain weights) or as integers in blocks with a scale.
+   Padded with zeros to `blocks`, a multiple of 8. int8 weights take int16, within 2^-16 of a block's largest number;
+   4-bit weights take int8, within 2^-8: a sixteenth of what the weights' own rounding does, and half the work. */
 typedef struct {
     int32_t columns, blocks, code;
-    int32_t unit;    /* sums are those of unit * q: 8 or 1 where weights have a zero point, 0 for none */
+    int32_t unit;    /* sums are those of unit * q: 12, 8 or 1 where weights have a zero point, 0 for none */
     float *plain;    /* [count, blocks * 32] */
-    int16_t *q;      /* [count, blocks * 32]; for 4-bit weights in the order in which these unpack */
+    int16_t *q;      /* [count, blocks * 32], for int8 weights */
+    int8_t *q8;      /* [count, blocks * 32], for 4-bit weights, in the order in which these unpack */
     float *scales;   /* [count, blocks] */
-    int32_t *sums;   /* [count, blocks, 8]: partial sums, to be taken off for the zero point */
+    float *sums;     /* [count, blocks], to be taken off for the zero point; whole numbers below 2^24 */
 } prepared;
 
 typedef struct {

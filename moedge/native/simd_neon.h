@@ -5,7 +5,7 @@
 typedef struct { float32x4_t a, b; } vf;
 typedef struct { int32x4_t a, b; } vi;
 typedef struct { int16x8_t a, b; } vs;
-typedef struct { uint16x8_t a, b; } vb;
+typedef struct { uint8x16_t a, b; } vb;
 
 static inline vf vf_zero(void) { return (vf){vdupq_n_f32(0), vdupq_n_f32(0)}; }
 static inline vf vf_load(const float *p) { return (vf){vld1q_f32(p), vld1q_f32(p + 4)}; }
@@ -18,6 +18,14 @@ static inline vf vf_halves(const float *p) { return (vf){vdupq_n_f32(p[0]), vdup
 static inline vf vf_from_half(const uint16_t *p) {
     float16x8_t half = vreinterpretq_f16_u16(vld1q_u16(p));
     return (vf){vcvt_f32_f16(vget_low_f16(half)), vcvt_high_f32_f16(half)};
+}
+static inline vf vf_from_halves(uint64_t low, uint64_t high) {
+    float16x4_t a = vreinterpret_f16_u16(vcreate_u16(low)), b = vreinterpret_f16_u16(vcreate_u16(high));
+    return (vf){vcvt_f32_f16(a), vcvt_f32_f16(b)};
+}
+static inline vf vf_from_int8(uint64_t bytes) {
+    int16x8_t wide = vmovl_s8(vcreate_s8(bytes));
+    return (vf){vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), vcvtq_f32_s32(vmovl_high_s16(wide))};
 }
 static inline vf vf_from_bf16(const uint16_t *p) {
     uint16x8_t bits = vld1q_u16(p);
@@ -32,15 +40,8 @@ static inline float vf_sum(vf x) {
 }
 
 static inline vi vi_zero(void) { return (vi){vdupq_n_s32(0), vdupq_n_s32(0)}; }
-static inline vi vi_load(const int32_t *p) { return (vi){vld1q_s32(p), vld1q_s32(p + 4)}; }
-static inline void vi_store(int32_t *p, vi x) { vst1q_s32(p, x.a); vst1q_s32(p + 4, x.b); }
-static inline vi vi_all(int32_t x) { return (vi){vdupq_n_s32(x), vdupq_n_s32(x)}; }
-static inline vi vi_halves(int32_t x, int32_t y) { return (vi){vdupq_n_s32(x), vdupq_n_s32(y)}; }
-static inline vi vi_sub(vi x, vi y) { return (vi){vsubq_s32(x.a, y.a), vsubq_s32(x.b, y.b)}; }
-static inline vi vi_mul(vi x, vi y) { return (vi){vmulq_s32(x.a, y.a), vmulq_s32(x.b, y.b)}; }
 
 static inline vs vs_load(const int16_t *p) { return (vs){vld1q_s16(p), vld1q_s16(p + 8)}; }
-static inline vs vs_all(int16_t x) { return (vs){vdupq_n_s16(x), vdupq_n_s16(x)}; }
 static inline vs vs_from_int8(const int8_t *p) {
     int8x16_t bytes = vld1q_s8(p);
     return (vs){vmovl_s8(vget_low_s8(bytes)), vmovl_high_s8(bytes)};
@@ -52,23 +53,22 @@ static inline vi vs_dot(vi sum, vs x, vs y) {
     return sum;
 }
 
-static inline vb vb_load(const uint8_t *p) {
-    return (vb){vreinterpretq_u16_u8(vld1q_u8(p)), vreinterpretq_u16_u8(vld1q_u8(p + 16))};
+static inline vb vb_load(const uint8_t *p) { return (vb){vld1q_u8(p), vld1q_u8(p + 16)}; }
+static inline vb vb_load_half(const uint8_t *p) { return (vb){vld1q_u8(p), vdupq_n_u8(0)}; }
+static inline vb vb_low(vb x) { return (vb){vandq_u8(x.a, vdupq_n_u8(15)), vandq_u8(x.b, vdupq_n_u8(15))}; }
+static inline vb vb_high(vb x) { return (vb){vshrq_n_u8(x.a, 4), vshrq_n_u8(x.b, 4)}; }
+static inline vb vb_look_up(vb x, const uint8_t *table) {
+    uint8x16_t entries = vld1q_u8(table);
+    return (vb){vqtbl1q_u8(entries, x.a), vqtbl1q_u8(entries, x.b)};
 }
-static inline vb vb_load_half(const uint8_t *p) { return (vb){vreinterpretq_u16_u8(vld1q_u8(p)), vdupq_n_u16(0)}; }
-static inline vs vb_nibbles(vb x, const int shift) {
-    int16x8_t back = vdupq_n_s16((int16_t)-shift);
-    uint16x8_t mask = vdupq_n_u16(15);
-    return (vs){vreinterpretq_s16_u16(vandq_u16(vshlq_u16(x.a, back), mask)),
-                vreinterpretq_s16_u16(vandq_u16(vshlq_u16(x.b, back), mask))};
+static inline int32x4_t dot_bytes(uint8x16_t a, uint8x16_t x, uint8x16_t b, uint8x16_t y) {
+    int8x16_t p = vreinterpretq_s8_u8(a), q = vreinterpretq_s8_u8(x);
+    int8x16_t r = vreinterpretq_s8_u8(b), s = vreinterpretq_s8_u8(y);
+    int16x8_t low = vmlal_s8(vmull_s8(vget_low_s8(p), vget_low_s8(q)), vget_low_s8(r), vget_low_s8(s));
+    int16x8_t high = vmlal_high_s8(vmull_high_s8(p, q), r, s);
+    return vpadalq_s16(vpaddlq_s16(low), high);
 }
-static inline int16x8_t look_up(int16x8_t codes, int8x16_t table) {
-    int8x16_t found = vqtbl1q_s8(table, vreinterpretq_u8_s16(codes));
-    return vshrq_n_s16(vshlq_n_s16(vreinterpretq_s16_s8(found), 8), 8);
-}
-static inline vs vb_look_up(vb x, const int shift, const int8_t *table) {
-    int8x16_t entries = vld1q_s8(table);
-    vs codes = vb_nibbles(x, shift);
-    return (vs){look_up(codes.a, entries), look_up(codes.b, entries)};
+static inline vi vb_dot(vb a, vb x, vb b, vb y) {
+    return (vi){dot_bytes(a.a, x.a, b.a, y.a), dot_bytes(a.b, x.b, b.b, y.b)};
 }
 #define prefetch(p) __builtin_prefetch(p)

@@ -18,6 +18,12 @@ static inline vf vf_fma(vf a, vf b, vf c) { EACH(8) c.v[i] += a.v[i] * b.v[i]; r
 static inline vf vf_all(const float *p) { vf r; EACH(8) r.v[i] = p[0]; return r; }
 static inline vf vf_halves(const float *p) { vf r; EACH(8) r.v[i] = p[i / 4]; return r; }
 static inline vf vf_from_half(const uint16_t *p) { vf r; EACH(8) r.v[i] = from_half(p[i]); return r; }
+static inline vf vf_from_halves(uint64_t low, uint64_t high) {
+    vf r;
+    EACH(8) r.v[i] = from_half((uint16_t)((i < 4 ? low : high) >> i % 4 * 16));
+    return r;
+}
+static inline vf vf_from_int8(uint64_t bytes) { vf r; EACH(8) r.v[i] = (int8_t)(bytes >> i * 8); return r; }
 static inline vf vf_from_bf16(const uint16_t *p) { vf r; EACH(8) r.v[i] = from_bits((uint32_t)p[i] << 16); return r; }
 static inline vf vf_from_int(vi a) { vf r; EACH(8) r.v[i] = (float)a.v[i]; return r; }
 static inline float vf_sum(vf a) {
@@ -25,15 +31,8 @@ static inline float vf_sum(vf a) {
 }
 
 static inline vi vi_zero(void) { vi r = {{0}}; return r; }
-static inline vi vi_load(const int32_t *p) { vi r; memcpy(&r, p, 32); return r; }
-static inline void vi_store(int32_t *p, vi a) { memcpy(p, &a, 32); }
-static inline vi vi_all(int32_t a) { vi r; EACH(8) r.v[i] = a; return r; }
-static inline vi vi_halves(int32_t a, int32_t b) { vi r; EACH(8) r.v[i] = i < 4 ? a : b; return r; }
-static inline vi vi_sub(vi a, vi b) { EACH(8) a.v[i] -= b.v[i]; return a; }
-static inline vi vi_mul(vi a, vi b) { EACH(8) a.v[i] *= b.v[i]; return a; }
 
 static inline vs vs_load(const int16_t *p) { vs r; memcpy(&r, p, 32); return r; }
-static inline vs vs_all(int16_t a) { vs r; EACH(16) r.v[i] = a; return r; }
 static inline vs vs_from_int8(const int8_t *p) { vs r; EACH(16) r.v[i] = p[i]; return r; }
 /* sum + the products of a and b, pairs of neighbours added */
 static inline vi vs_dot(vi sum, vs a, vs b) {
@@ -43,15 +42,13 @@ static inline vi vs_dot(vi sum, vs a, vs b) {
 
 static inline vb vb_load(const uint8_t *p) { vb r; memcpy(&r, p, 32); return r; }
 static inline vb vb_load_half(const uint8_t *p) { vb r = {{0}}; memcpy(&r, p, 16); return r; }
-/* the 4 bits at `shift` of every 16 bits */
-static inline vs vb_nibbles(vb a, const int shift) {
-    vs r;
-    EACH(16) r.v[i] = (int16_t)((a.v[2 * i] | a.v[2 * i + 1] << 8) >> shift & 15);
-    return r;
-}
-static inline vs vb_look_up(vb a, const int shift, const int8_t *table) {
-    vs r = vb_nibbles(a, shift);
-    EACH(16) r.v[i] = table[r.v[i]];
+static inline vb vb_low(vb a) { EACH(32) a.v[i] &= 15; return a; }
+static inline vb vb_high(vb a) { EACH(32) a.v[i] >>= 4; return a; }
+static inline vb vb_look_up(vb a, const uint8_t *table) { EACH(32) a.v[i] = table[a.v[i]]; return a; }
+/* a * x + b * y, fours of neighbours added; a and b at most 24, x and y signed */
+static inline vi vb_dot(vb a, vb x, vb b, vb y) {
+    vi r = {{0}};
+    EACH(32) r.v[i / 4] += a.v[i] * (int8_t)x.v[i] + b.v[i] * (int8_t)y.v[i];
     return r;
 }
 #define prefetch(p) ((void)(p))

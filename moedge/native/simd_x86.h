@@ -19,6 +19,12 @@ static inline vf vf_halves(const float *p) {
     return _mm256_permutevar_ps(_mm256_castpd_ps(both), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
 }
 static inline vf vf_from_half(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+static inline vf vf_from_halves(uint64_t low, uint64_t high) {
+    return _mm256_cvtph_ps(_mm_set_epi64x((long long)high, (long long)low));
+}
+static inline vf vf_from_int8(uint64_t bytes) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((long long)bytes)));
+}
 static inline vf vf_from_bf16(const uint16_t *p) {
     __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
@@ -31,15 +37,8 @@ static inline float vf_sum(vf a) {
 }
 
 static inline vi vi_zero(void) { return _mm256_setzero_si256(); }
-static inline vi vi_load(const int32_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
-static inline void vi_store(int32_t *p, vi a) { _mm256_storeu_si256((__m256i *)p, a); }
-static inline vi vi_all(int32_t a) { return _mm256_set1_epi32(a); }
-static inline vi vi_halves(int32_t a, int32_t b) { return _mm256_setr_epi32(a, a, a, a, b, b, b, b); }
-static inline vi vi_sub(vi a, vi b) { return _mm256_sub_epi32(a, b); }
-static inline vi vi_mul(vi a, vi b) { return _mm256_mullo_epi32(a, b); }
 
 static inline vs vs_load(const int16_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
-static inline vs vs_all(int16_t a) { return _mm256_set1_epi16(a); }
 static inline vs vs_from_int8(const int8_t *p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)); }
 static inline vi vs_dot(vi sum, vs a, vs b) {
 #ifdef MOEDGE_VNNI
@@ -53,14 +52,17 @@ static inline vb vb_load(const uint8_t *p) { return _mm256_loadu_si256((const __
 static inline vb vb_load_half(const uint8_t *p) {
     return _mm256_inserti128_si256(_mm256_setzero_si256(), _mm_loadu_si128((const __m128i *)p), 0);
 }
-static inline vs vb_nibbles(vb a, const int shift) {
-    __m256i moved = shift ? _mm256_srli_epi16(a, shift) : a;
-    return shift == 12 ? moved : _mm256_and_si256(moved, _mm256_set1_epi16(15));
+static inline vb vb_low(vb a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
+static inline vb vb_high(vb a) { return vb_low(_mm256_srli_epi16(a, 4)); }
+static inline vb vb_look_up(vb a, const uint8_t *table) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table)), a);
 }
-static inline vs vb_look_up(vb a, const int shift, const int8_t *table) {
-    __m256i entries = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
-    /* the looked-up byte goes to the high half of its 16 bits and comes back with its sign */
-    __m256i found = _mm256_shuffle_epi8(entries, vb_nibbles(a, shift));
-    return _mm256_srai_epi16(_mm256_slli_epi16(found, 8), 8);
+static inline vi vb_dot(vb a, vb x, vb b, vb y) {
+#ifdef MOEDGE_VNNI
+    return _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(_mm256_setzero_si256(), a, x), b, y);
+#else
+    __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(a, x), _mm256_maddubs_epi16(b, y));
+    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#endif
 }
 #define prefetch(p) _mm_prefetch((const char *)(p), _MM_HINT_T0) /* a function of nothing else would be dropped */

@@ -5,7 +5,7 @@ dequantised to the model's dtype. Knows extents and tokens; no disk.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from moedge.runtime.extents import extent_of, parameters
 from moedge.runtime.kernels import LayerKernel, Routing, recognise, route
 
 Fetched = Iterable[tuple[int, dict[str, Tensor]]]
+Batches = Iterable[list[tuple[int, dict[str, Tensor]]]]
 
 
 class CodedLayer:
@@ -33,19 +34,25 @@ class CodedLayer:
         for expert, held in fetched:
             yield expert, parameters(self._extent, held[EXTENT], self._transposed)
 
-    def mix(self, hidden: Tensor, index: Tensor, weights: Tensor, experts: Sequence[int], fetched: Fetched) -> Tensor:
-        """Weighted outputs added up in the order of `experts`, [T, H], [T, k], [T, k] -> [T, H]."""
+    def mix(self, hidden: Tensor, index: Tensor, weights: Tensor, experts: Sequence[int], batches: Batches) -> Tensor:
+        """Weighted outputs added up in the order of `experts`, [T, H], [T, k], [T, k] -> [T, H].
+
+        Each batch is computed in one call. The sum waits until the last: its order must not depend on the cache.
+        """
         assert self.kernel is not None
-        x = hidden.float()
         routing = route(index, weights, experts)
-        terms = x.new_empty(len(routing.tokens), x.shape[1])  # [R, H]
+        terms = hidden.new_empty(len(routing.tokens), hidden.shape[1], dtype=torch.float32)  # [R, H]
         rows = dict(zip(experts, pairwise(routing.starts), strict=True))
-        for expert, held in fetched:
-            begin, end = rows[expert]
-            tokens, weight = routing.tokens[begin:end], routing.weights[begin:end]
-            own = Routing([0, end - begin], torch.arange(end - begin, dtype=torch.int32), weight)
-            terms[begin:end] = self.kernel.terms(x[tokens], [held[EXTENT]], own)
-        out = torch.zeros_like(x)
+        for batch in batches:
+            extents = [held[EXTENT] for _, held in batch]
+            if len(batch) == len(experts) and [expert for expert, _ in batch] == list(experts):
+                return self.kernel.mix(hidden, extents, routing).to(hidden.dtype)
+            of_batch = [rows[expert] for expert, _ in batch]
+            row = torch.cat([torch.arange(*each) for each in of_batch])
+            starts = [0, *accumulate(end - begin for begin, end in of_batch)]
+            own = Routing(starts, routing.tokens[row], routing.weights[row])
+            terms[row] = self.kernel.terms(hidden, extents, own)
+        out = hidden.new_zeros(hidden.shape, dtype=torch.float32)
         for begin, end in rows.values():
             out.index_add_(0, routing.tokens[begin:end], terms[begin:end])
         return out.to(hidden.dtype)

@@ -50,19 +50,19 @@ class ExpertSource:
 
     def fetch(self, index: Tensor, weights: Tensor | None) -> Iterator[tuple[int, Parameters]]:
         """The experts that `index` ([T, k]) names, each once; ids beyond the layer's experts mean "none"."""
-        _, fetched = self._fetch(index, weights)
+        store, experts, probabilities = self._asked(index, weights)
+        fetched = store.fetch(self._layer, experts, probabilities)
         return fetched if self.coded is None else self.coded.decode(fetched)
 
     def mix(self, coded: "CodedLayer", hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The layer's result straight from the extents of its experts."""
-        experts, fetched = self._fetch(index, weights)
-        return coded.mix(hidden, index, weights, experts, fetched)
+        store, experts, probabilities = self._asked(index, weights)
+        return coded.mix(hidden, index, weights, experts, store.batches(self._layer, experts, probabilities))
 
-    def _fetch(self, index: Tensor, weights: Tensor | None) -> tuple[list[int], Iterator[tuple[int, Parameters]]]:
+    def _asked(self, index: Tensor, weights: Tensor | None) -> tuple[ExpertStore, list[int], list[float] | None]:
         if self.store is None:
             raise ModelError("this model was closed: load it again with moedge.load")
-        experts, probabilities = _distinct(index, weights, self._num_experts)
-        return experts, self.store.fetch(self._layer, experts, probabilities)
+        return self.store, *_distinct(index, weights, self._num_experts)
 
 
 def _distinct(index: Tensor, weights: Tensor | None, num_experts: int) -> tuple[list[int], list[float] | None]:

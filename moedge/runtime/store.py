@@ -7,9 +7,9 @@ who needs a fixed order (experts.py) restores it. Knows layers and experts as in
 import mmap
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,6 +55,11 @@ class ExpertStore(Protocol):
         The parameters are valid until the iterator goes on. `weights`: the router's probability of each expert.
         """
 
+    def batches(
+        self, layer: int, experts: Sequence[int], weights: Sequence[float] | None = None
+    ) -> Iterator[list[tuple[int, Parameters]]]:
+        """As fetch, but all that are in memory at once: for who computes several experts in one call."""
+
     def close(self) -> None: ...
 
 
@@ -71,6 +76,11 @@ class MemoryStore:
         self.counters.hits += len(experts)
         for expert in experts:
             yield expert, self._parameters[layer][expert]
+
+    def batches(
+        self, layer: int, experts: Sequence[int], weights: Sequence[float] | None = None
+    ) -> Iterator[list[tuple[int, Parameters]]]:
+        yield list(self.fetch(layer, experts, weights))
 
     def close(self) -> None:
         pass
@@ -159,6 +169,13 @@ class DiskStore:
     def fetch(
         self, layer: int, experts: Sequence[int], weights: Sequence[float] | None = None
     ) -> Iterator[tuple[int, Parameters]]:
+        with closing(self.batches(layer, experts, weights)) as batches:
+            for batch in batches:
+                yield from batch
+
+    def batches(
+        self, layer: int, experts: Sequence[int], weights: Sequence[float] | None = None
+    ) -> Generator[list[tuple[int, Parameters]], None, None]:
         with self._exclusive():
             event = _Event(self, layer, experts, weights)
             try:
@@ -252,26 +269,30 @@ class _Event:
             expert, slot = self._waiting.popleft(), self._free.pop()
             self._reading[self._store._pool.submit(self._store._load, self._layer, expert, slot)] = (expert, slot)
 
-    def hits(self) -> Iterator[tuple[int, Parameters]]:
-        for expert in self._access.hits:
-            yield expert, self._store._views(self._layer, expert, self._held[expert])
-            if expert in self._leaving:
-                self._free.append(self._held.pop(expert))
+    def hits(self) -> Iterator[list[tuple[int, Parameters]]]:
+        """First those that are to leave: their slots are what waiting reads need."""
+        leaving = [expert for expert in self._access.hits if expert in self._leaving]
+        staying = [expert for expert in self._access.hits if expert not in self._leaving]
+        for experts in (leaving, staying):
+            if experts:
+                yield [(expert, self._store._views(self._layer, expert, self._held[expert])) for expert in experts]
+            if experts is leaving:
+                self._free.extend(self._held.pop(expert) for expert in leaving)
                 self._start_reads()
 
-    def misses(self) -> Iterator[tuple[int, Parameters]]:
+    def misses(self) -> Iterator[list[tuple[int, Parameters]]]:
         while self._reading:
             done, _ = wait(self._reading, return_when=FIRST_COMPLETED)
+            self._store.counters.bytes_read += sum(future.result() for future in done)
+            arrived = [self._reading[future] for future in done]
+            yield [(expert, self._store._views(self._layer, expert, slot)) for expert, slot in arrived]
             for future in done:
-                expert, slot = self._reading[future]
-                self._store.counters.bytes_read += future.result()
-                yield expert, self._store._views(self._layer, expert, slot)
-                del self._reading[future]
+                expert, slot = self._reading.pop(future)
                 if expert in self._leaving:
                     self._free.append(slot)
                 else:
                     self._held[expert] = slot
-                self._start_reads()
+            self._start_reads()
         assert not self._waiting, "the store has fewer slots than its caches and one spare"
 
     def finish(self) -> None:
