@@ -50,6 +50,15 @@ class Call(Structure):
     )
 
 
+class Rows(Structure):
+    """moedge_rows of moedge.h."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("count", "x_code", "out_code")),
+        *((name, c_void_p) for name in ("x", "out", "workspace")),
+    )
+
+
 class Library:
     """The functions of one compiled library, with one variant. `variant` is its name."""
 
@@ -63,6 +72,13 @@ class Library:
 
     def layer(self, expert: Expert, call: Call, threads: int) -> None:
         self._c.moedge_layer(self._variant, byref(expert), byref(call), threads)
+
+    def linear_workspace(self, matrix: Matrix, count: int) -> int:
+        """Bytes that `count` inputs of a matrix need."""
+        return int(self._c.moedge_linear_workspace(byref(matrix), count))
+
+    def linear(self, matrix: Matrix, extent: int, rows: Rows, threads: int) -> None:
+        self._c.moedge_linear(self._variant, byref(matrix), extent, byref(rows), threads)
 
     def dequantise(self, matrix: Matrix, extent: int, rows: tuple[int, int], bf16: bool, out: int) -> None:
         """Rows from, to of a stored matrix to the address `out`, as fp32 or bf16."""
@@ -79,6 +95,9 @@ def _functions(path: Path) -> Any:
     c.moedge_sources.restype = c.moedge_variant_name.restype = c_char_p
     c.moedge_workspace.restype, c.moedge_workspace.argtypes = ctypes.c_size_t, (POINTER(Expert), c_int, c_int)
     c.moedge_layer.restype, c.moedge_layer.argtypes = None, (c_int, POINTER(Expert), POINTER(Call), c_int)
+    c.moedge_linear_workspace.restype, c.moedge_linear_workspace.argtypes = ctypes.c_size_t, (POINTER(Matrix), c_int)
+    c.moedge_linear.restype = None
+    c.moedge_linear.argtypes = (c_int, POINTER(Matrix), c_void_p, POINTER(Rows), c_int)
     c.moedge_dequantise.restype = None
     c.moedge_dequantise.argtypes = (c_int, POINTER(Matrix), c_void_p, c_int, c_int, c_int, c_void_p)
     c.moedge_read_sum.restype, c.moedge_read_sum.argtypes = ctypes.c_uint64, (c_int, c_void_p, ctypes.c_size_t, c_int)

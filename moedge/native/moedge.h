@@ -50,12 +50,22 @@ typedef struct {
     uint8_t *workspace;
 } moedge_call;
 
+/* Rows of inputs times one matrix: out[i] = matrix * x[i]. x and out are contiguous, of the dtypes that the codes say. */
+typedef struct {
+    int32_t count, x_code, out_code;
+    const void *x; /* [count, columns] */
+    void *out;     /* [count, rows] */
+    uint8_t *workspace;
+} moedge_rows;
+
 const char *moedge_sources(void);        /* hash of the sources that this library was built from */
 int moedge_variants(void);               /* how many variants were compiled in, best last */
 const char *moedge_variant_name(int variant);
 int moedge_variant_runs(int variant);    /* whether this processor has its instructions */
 size_t moedge_workspace(const moedge_expert *expert, int tokens_count, int routed_rows);
 void moedge_layer(int variant, const moedge_expert *expert, const moedge_call *call, int threads);
+size_t moedge_linear_workspace(const moedge_matrix *matrix, int count);
+void moedge_linear(int variant, const moedge_matrix *matrix, const uint8_t *extent, const moedge_rows *call, int threads);
 /* Rows begin to end of a matrix as fp32, or rounded to bf16, into out [end - begin, columns]. */
 void moedge_dequantise(int variant, const moedge_matrix *matrix, const uint8_t *extent, int begin, int end, int bf16,
                        void *out);

@@ -62,4 +62,10 @@ static inline float load_number(const uint8_t *base, int code, int64_t index) {
     return code == MOEDGE_BF16 ? from_bits((uint32_t)bits << 16) : from_half(bits);
 }
 
+static inline uint16_t to_bf16(float value) {
+    uint32_t bits = to_bits(value);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 64);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 #endif

@@ -226,6 +226,11 @@ def _is_known(extent: Extent) -> bool:
     return all(s.format.code in _CODES or s.dtype in _PLAIN for s in extent.tensors.values())
 
 
+def matrix_of(stored: Stored) -> Matrix:
+    """The description of a whole matrix that begins its memory."""
+    return _matrix(stored, None, stored.shape[0])
+
+
 def _matrix(stored: Stored, bias: Stored | None, rows: int, first: int = 0, step: int = 1) -> Matrix:
     offsets = [stored.planes[part].offset if part in stored.planes else -1 for part in native.PARTS]
     code = _CODES.get(stored.format.code)
