@@ -9,6 +9,7 @@ from moedge.errors import CheckpointError
 from moedge.models.anatomy import MoeLayer
 from moedge.models.expert_map import ExpertMap
 from moedge.models.pack import PackedLayer, PackedTensor, plain_layer
+from moedge.runtime.calibrate import best_clip
 from moedge.runtime.formats import PLAIN, Extent, Format, Plane, Stored, dequantise, layout, part_shapes, quantise
 
 AT_ONCE = 1 << 19  # numbers that are quantised at once
@@ -52,8 +53,18 @@ def extent_of(packed: PackedLayer) -> Extent:
     return Extent(tensors, packed.nbytes)
 
 
-def fill(extent: Extent, parameters: Mapping[str, Tensor], transposed: bool, memory: Tensor, where: str) -> None:
-    """Quantise one expert's parameters into `memory`, uint8. `where` names the expert in errors."""
+def fill(
+    extent: Extent,
+    parameters: Mapping[str, Tensor],
+    transposed: bool,
+    memory: Tensor,
+    where: str,
+    moments: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Quantise one expert's parameters into `memory`, uint8. `where` names the expert in errors.
+
+    With the second `moments` of its matrices' inputs, each group is clipped as it is best for them (calibrate.py).
+    """
     for name, parts in extent.views(memory).items():
         stored, value = extent.tensors[name], parameters[name]
         if stored.format == PLAIN:
@@ -62,7 +73,9 @@ def fill(extent: Extent, parameters: Mapping[str, Tensor], transposed: bool, mem
         matrix = value.mT if transposed else value
         rows = max(1, AT_ONCE // matrix.shape[1])
         for begin in range(0, len(matrix), rows):
-            some = quantise(matrix[begin : begin + rows], stored.format, name=f"{name} of {where}")
+            part_of, label = matrix[begin : begin + rows], f"{name} of {where}"
+            clip = best_clip(part_of, stored.format, moments[name], label) if moments else 1.0
+            some = quantise(part_of, stored.format, clip, label)
             assert some.keys() == part_shapes(stored.shape, stored.dtype, stored.format).keys()
             for part, made in some.items():
                 parts[part][begin : begin + rows] = made

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,6 +33,7 @@ from moedge.models.pack import (
     is_packed,
 )
 from moedge.runtime.budget import LATER_IMPORTS
+from moedge.runtime.calibrate import MOMENTS, Moments
 from moedge.runtime.device import process_memory, return_freed_memory
 from moedge.runtime.extents import SCRATCH, describe, extent_of, fill
 from moedge.runtime.formats import PLAIN, Format
@@ -40,6 +41,9 @@ from moedge.runtime.journal import Unfinished
 from moedge.runtime.reader import BLOCK, PAGE, DirectReader
 from moedge.runtime.store import Slots, read_expert
 from moedge.units import format_size
+
+if TYPE_CHECKING:
+    from moedge.runtime.profiling import Profile
 
 THREADS = 4  # experts under way at once; each waits for the disk most of the time
 Report = Callable[[int, int], None]  # bytes done, of how many
@@ -51,10 +55,13 @@ def pack(
     format: Format = PLAIN,
     memory: int | None = None,
     report: Report = lambda done, total: None,
+    calibrate: Path | None = None,
+    reading: Report = lambda tokens, total: None,
 ) -> dict[str, int]:
     """Write `model` to the folder `out`, its experts in `format`; sizes in bytes of what was written.
 
-    `memory` limits the process. Continues a run that was killed, to the same bytes. Raises CheckpointError where `out`
+    `memory` limits the process. `calibrate`: texts for which int8 and int4 are made best; `reading` hears of the tokens
+    of it that are read. Continues a run that was killed, to the same bytes. Raises CheckpointError where `out`
     exists, the disk is full, or the model is damaged; ModelError; MemoryLimitError.
     """
     folder, out = resolve(model), Path(out)
@@ -65,12 +72,19 @@ def pack(
         assert isinstance(blueprint.experts, ExpertMap)
         plan = _Plan(blueprint, blueprint.experts, format)
         threads = _threads(plan, memory)
+        if calibrate is not None:
+            from moedge.runtime.profiling import Profile  # here: it brings what runs models
+
+            plan.profile = Profile(blueprint, calibrate)
         unfinished = Unfinished(out, plan.identity())
         try:
-            unfinished.check_space(plan.total)
+            unfinished.check_space(plan.total + (plan.profile.nbytes if plan.profile else 0))
             with unfinished.writing():
+                if plan.profile:
+                    plan.moments = plan.profile.moments(memory, unfinished, reading)
+                    threads = _threads(plan, memory)  # again: the moments stay in memory
                 _write(plan, unfinished, threads, report)
-            unfinished.finish()
+            unfinished.finish(MOMENTS)
         finally:
             unfinished.close()
     finally:
@@ -89,6 +103,8 @@ class _Plan:
 
     def __init__(self, blueprint: Blueprint, experts: ExpertMap, format: Format) -> None:
         self.blueprint, self.experts, self.format = blueprint, experts, format
+        self.profile: Profile | None = None
+        self.moments: Moments | None = None
         self.checkpoint = blueprint.checkpoint
         tensors = [info for info in self.checkpoint.tensors.values() if info.name not in experts.tensors]
         self.backbone = sorted(tensors, key=lambda info: (info.file.name, info.offset))
@@ -113,7 +129,8 @@ class _Plan:
         """What must be the same for a run to be continued: the header, and the files that are read."""
         stats = [(path.name, path.stat()) for path in (*self.checkpoint.files, *self.small)]
         files = sorted((name, status.st_size, status.st_mtime_ns) for name, status in stats)
-        return {"header": checksum(self.manifest.head()), "files": files, "torch": torch.__version__}
+        found = {"header": checksum(self.manifest.head()), "files": files, "torch": torch.__version__}
+        return found | (self.profile.identity if self.profile else {})
 
 
 def _source(blueprint: Blueprint) -> dict[str, str]:
@@ -200,7 +217,9 @@ class _ExtentWriter:
             target.zero_()
             values = self._plan.experts.views(layer, expert, source)
             transposed = self._plan.blueprint.anatomy.layers[layer].kind.transposed
-            fill(self._extents[layer], values, transposed, target, f"expert {expert} of layer {layer}")
+            where = f"expert {expert} of layer {layer}"
+            moments = self._plan.moments and self._plan.moments.of(layer, expert)
+            fill(self._extents[layer], values, transposed, target, where, moments)
         digits = checksum(target)
         view, done = target.numpy().data, 0
         while done < len(view):
