@@ -7,8 +7,9 @@ from torch import Tensor
 
 from moedge.errors import CheckpointError
 from moedge.models.anatomy import MoeLayer
-from moedge.models.expert_map import ExpertMap
-from moedge.models.pack import PackedLayer, PackedTensor, plain_layer
+from moedge.models.checkpoint import ALIGNMENT
+from moedge.models.expert_map import ExpertMap, SlotLayout
+from moedge.models.pack import PackedLayer, PackedTensor
 from moedge.runtime.calibrate import best_clip
 from moedge.runtime.formats import PLAIN, Extent, Format, Plane, Stored, dequantise, layout, part_shapes, quantise
 
@@ -22,7 +23,7 @@ def describe(layer: MoeLayer, experts: ExpertMap, format: Format) -> PackedLayer
         fields = experts.layouts[layer.index].fields
         sources = [experts.sources(layer.index, expert) for expert in range(layer.num_experts)]
         shifts = {f.name: tuple(each[i].shift for each in sources) for i, f in enumerate(fields)}
-        return plain_layer(experts.layouts[layer.index], shifts, layer.num_experts)
+        return _plain_layer(experts.layouts[layer.index], shifts, layer.num_experts)
     shapes = {
         name: (tuple(reversed(shape)) if layer.kind.transposed and len(shape) == 2 else tuple(shape), dtype)
         for name, (shape, dtype) in layer.parameters.items()
@@ -38,6 +39,16 @@ def describe(layer: MoeLayer, experts: ExpertMap, format: Format) -> PackedLayer
         for name, stored in extent.tensors.items()
     }
     return PackedLayer(layer.num_experts, extent.nbytes, tensors, {})
+
+
+def _plain_layer(layout: SlotLayout, shifts: Mapping[str, tuple[int, ...]], num_experts: int) -> PackedLayer:
+    """Extents that are slots of `layout`: every tensor as the model has it."""
+    tensors = {
+        f.name: PackedTensor(str(PLAIN), f.dtype, f.shape, {"values": (f.dtype, f.shape, f.offset)})
+        for f in layout.fields
+    }
+    assert all(0 <= s < ALIGNMENT for each in shifts.values() for s in each)
+    return PackedLayer(num_experts, layout.nbytes, tensors, {n: each for n, each in shifts.items() if any(each)})
 
 
 def extent_of(packed: PackedLayer) -> Extent:
