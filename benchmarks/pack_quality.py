@@ -45,48 +45,6 @@ FORMATS = (
     *("int4-g32", "int4-g32+all", "int4-g32+novels", "int4-g32-asym", "int4-g32-asym+all"),
     *("int4-g64", "int4-g64-asym", "int4-g128", "int4-g128+all", "int4-g128-asym"),
 )
-TASKS_OF also
-the accuracy of every task of mini's card. `+novels` calibrates on novels only, `+all` on all domains that mini was
-trained on, seven documents in turn; nothing that is measured on is among these. With FORMATs, only these are measured
-and --save keeps the others' rows.
-"""
-
-import json
-import os
-import random
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import islice
-from pathlib import Path
-from typing import Any
-
-import click
-import torch
-from report import RESULTS, ROOT, publish
-from torch import Tensor
-
-sys.path.insert(0, str(ROOT))  # the recipe says what mini was not trained on
-
-import moedge
-from moedge.measure.compare import Divergence, Recording
-from moedge.measure.machine import commit
-from moedge.measure.quality import Window, score_windows, windows
-from moedge.measure.tasks import Judge
-from moedge.measure.templates import TEMPLATES, Example
-from moedge.runtime.formats import Format
-from moedge.runtime.generate import logits_in_chunks
-from moedge.runtime.pack import pack
-from recipes.mini import sources, tasks
-
-FORMATS = (
-    *("plain", "int8-g32", "int8-g32+all", "int8-g128", "int8-g32-asym"),
-    *("int4-g32", "int4-g32+all", "int4-g32+novels", "int4-g32-asym", "int4-g32-asym+all"),
-    *("int4-g64", "int4-g64+all", "int4-g64-asym", "int4-g64-asym+all"),
-    *("int4-g128", "int4-g128+all", "int4-g128-asym", "int4-g128-asym+all"),
-)
 TASKS_OF = ("plain", "int8-g32")
 WINDOW, DOMAINS = 512, ("novel", "biomedicine")
 SKIP = 20_000
