@@ -8,7 +8,7 @@ Alignment decides the last bit of a product, so each parameter gets the address 
 tensors that transformers makes are aligned, those that it takes from the mapped file lie where the file has them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -138,14 +138,17 @@ class ExpertMap:
     @property
     def conversion_bytes(self) -> int:
         """Memory that reading one expert takes besides its slot, an upper estimate."""
-        if all(self.is_copied(0, source) for source in self.sources(0, 0)):
-            return 0
-        return 2 * max(self.nbytes(layer, 0) for layer in range(len(self.layouts)))
+
+        def of(layer: int) -> int:
+            converted = (source for source in self.sources(layer, 0) if not self.is_copied(layer, source))
+            return 2 * sum(part.nbytes for source in converted for part in source.parts)
+
+        return max(of(layer) for layer in range(len(self.layouts)))
 
     def is_copied(self, layer: int, source: ParameterSource) -> bool:
         """Whether the bytes of the source's parts, one after the other, are the parameter."""
         field = next(f for f in self.layouts[layer].fields if f.name == source.name)
-        return source.converter is None and source.parts[0].info.dtype == field.dtype
+        return source.converter is None and all(part.info.dtype == field.dtype for part in source.parts)
 
     def convert_into(self, field: Field, source: ParameterSource, raw: list[torch.Tensor], slot: torch.Tensor) -> None:
         """Write a parameter that is not copied into `slot`, from the bytes of its parts (`raw`: uint8, one each)."""
@@ -204,21 +207,33 @@ def _targets(model: PreTrainedModel, layer: MoeLayer) -> Iterable[tuple[int | No
     return [(e, name, f"{layer.experts}.expert_{e}.{name}") for e in experts for name in layer.parameters]
 
 
+def target_names(model: PreTrainedModel) -> Callable[[str], tuple[str, str | None]]:
+    """From a checkpoint's name of a tensor to the model's, and the source pattern of the converter that it takes."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    meta: dict[str, Any] = model.state_dict()
+
+    def name(key: str) -> tuple[str, str | None]:
+        target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
+        if target not in meta and key in meta:  # as transformers' loader does: the key was the model's own already
+            return rename_source_key(key, [], [], model.base_model_prefix, meta)
+        return target, pattern
+
+    return name
+
+
 Found = tuple[dict[str, list[TensorInfo]], WeightConverter | None]
 
 
 def _find_sources(model: PreTrainedModel, checkpoint: Checkpoint, targets: Mapping[str, Any]) -> dict[str, Found]:
     """Checkpoint tensors by the model parameter they end in, grouped by the converter's source pattern."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    converters = [m for m in get_model_conversion_mapping(model) if isinstance(m, WeightConverter)]
     by_source = {pattern: c for c in converters for pattern in c.source_patterns}
-    meta: dict[str, Any] = model.state_dict()
+    target_of = target_names(model)
     found: dict[str, Found] = {}
     for key in sorted(checkpoint.tensors, key=dot_natural_key):
-        target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
-        if target not in meta and key in meta:  # as transformers' loader does: the key was the model's own already
-            target, pattern = rename_source_key(key, [], [], model.base_model_prefix, meta)
+        target, pattern = target_of(key)
         if target in targets:
             by_pattern, _ = found.setdefault(target, ({}, by_source[pattern] if pattern is not None else None))
             by_pattern.setdefault(pattern if pattern is not None else key, []).append(checkpoint.tensors[key])
@@ -290,8 +305,8 @@ def _part(layer: MoeLayer, pattern: str, infos: list[TensorInfo], expert: int | 
         part = Part(info, pattern, info.offset + expert * nbytes, nbytes, info.shape[1:])
     if part.info.dtype not in FLOATS:
         raise CheckpointError(
-            f"tensor {part.info.name} in {part.info.file} is {part.info.dtype}: "
-            "the checkpoint is quantised; use the original one"
+            f"tensor {part.info.name} in {part.info.file} is {part.info.dtype}, and config.json does not say how the "
+            "checkpoint is quantised: use the original one"
         )
     return part
 

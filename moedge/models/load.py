@@ -25,6 +25,8 @@ from moedge.models.architecture import meta_model, text_class, text_config
 from moedge.models.checkpoint import Checkpoint
 from moedge.models.expert_map import ExpertMap
 from moedge.models.pack import PackedCheckpoint, PackedExperts, is_packed
+from moedge.models.quantised import KEY, QuantisedCheckpoint, quantisation, scheme_of
+from moedge.models.scheme import Scheme
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -66,24 +68,27 @@ class Blueprint:
         return value if isinstance(value, int) else None
 
 
-def draw(folder: Path, dtype: str | torch.dtype | None = None) -> Blueprint:
+def draw(folder: Path, dtype: str | torch.dtype | None = None, *, quantised: bool = False) -> Blueprint:
     """Read config and headers of the checkpoint in `folder`; close `.checkpoint` when done.
 
-    `dtype` None takes the checkpoint's own. Raises ModelError for a model that moedge cannot run (dense, multimodal
-    only, quantised), CheckpointError for files that are missing or damaged.
+    `dtype` None takes the checkpoint's own. With `quantised`, also a quantised one, as if it were dense. Raises
+    ModelError for a model that moedge cannot run (dense, multimodal only, quantised), CheckpointError for files that
+    are missing or damaged.
     """
     config = read_config(folder)
-    quantised = getattr(config, "quantization_config", None) or getattr(
-        text_config(config), "quantization_config", None
-    )
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
+    given = quantisation(folder)
+    scheme = scheme_of(folder, given) if given else None
+    if given and not quantised:
         raise ModelError(
-            f"{folder} is quantised already ({method}): moedge does not read that yet; use the 16-bit original"
+            f"{folder} is quantised ({given['quant_method']}): convert it with `moedge pack {folder} OUT` and use OUT"
         )
-    checkpoint = PackedCheckpoint(folder) if is_packed(folder) else Checkpoint(folder)
+    for part in (config, text_config(config)):
+        vars(part).pop(KEY, None)  # to transformers it is the dense model
+    checkpoint = _open(folder, scheme)
     try:
         chosen = parse_dtype(dtype) or _own_dtype(config, checkpoint)
+        if isinstance(checkpoint, QuantisedCheckpoint):
+            checkpoint = checkpoint.presented_as(chosen)
         meta = meta_model(config, chosen)
         anatomy = dissect(meta)
         experts = (
@@ -95,6 +100,12 @@ def draw(folder: Path, dtype: str | torch.dtype | None = None) -> Blueprint:
     except BaseException:
         checkpoint.close()
         raise
+
+
+def _open(folder: Path, scheme: Scheme | None) -> Checkpoint:
+    if scheme is not None:
+        return QuantisedCheckpoint(folder, scheme)
+    return PackedCheckpoint(folder) if is_packed(folder) else Checkpoint(folder)
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -114,7 +125,8 @@ def _own_dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
     own = text_config(config).dtype or config.dtype
     if isinstance(own, torch.dtype) and own in DTYPES.values():
         return own
-    return next((i.dtype for i in checkpoint.tensors.values() if i.dtype in DTYPES.values()), torch.float32)
+    infos = checkpoint.stored if isinstance(checkpoint, QuantisedCheckpoint) else checkpoint.tensors
+    return next((i.dtype for i in infos.values() if i.dtype in DTYPES.values()), torch.float32)
 
 
 def load_backbone(blueprint: Blueprint, take_out: TakeOut, experts_implementation: str | None) -> PreTrainedModel:

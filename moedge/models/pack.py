@@ -1,7 +1,7 @@
 """A packed checkpoint, as `moedge pack` writes it, and how it is read.
 
     config.json, tokenizer, ...   copies
-    backbone.safetensors          every tensor that is no expert's, as the original has it
+    backbone.safetensors          every tensor that is no expert's, as the original has it or in groups (backbone.py)
     experts.safetensors           for each expert one uint8 tensor `layers.L.experts.E`, its extent: all its tensors
 
 Each extent starts at a multiple of 4096 bytes and is as long, so one read past the page cache brings one expert. The
@@ -23,7 +23,8 @@ import torch
 
 from moedge.errors import CheckpointError
 from moedge.models.anatomy import Anatomy
-from moedge.models.checkpoint import ALIGNMENT, DTYPES, MAX_HEADER, Checkpoint, ShardFile, TensorInfo
+from moedge.models.backbone import CodedMatrix, dense_tensors, read_matrix
+from moedge.models.checkpoint import DTYPES, MAX_HEADER, Checkpoint, ShardFile, TensorInfo
 from moedge.models.expert_map import UNRELATED, Field, Part, SlotLayout
 
 VERSION = 1
@@ -117,6 +118,7 @@ class Manifest:
     backbone_header: str  # checksum
     files: Mapping[str, str]  # name -> checksum
     extents: tuple[str, ...]  # checksums in the order of `keys`
+    coded: Mapping[str, CodedMatrix]  # matrices of the backbone that are stored in groups
 
     @cached_property
     def keys(self) -> tuple[tuple[int, int], ...]:
@@ -143,12 +145,13 @@ class Manifest:
 
     def head(self) -> bytes:
         """The start of experts.safetensors: length and JSON, padded with spaces to a multiple of 4096 bytes."""
+        coded = {"coded": {name: matrix.as_list for name, matrix in self.coded.items()}} if self.coded else {}
         metadata = {
             "moedge_pack": str(VERSION),
             "header_crc32": "0" * 8,
             "source": self.source,
             "layers": [layer.as_dict() for layer in self.layers],
-            "backbone": {"header": self.backbone_header, "tensors": self.backbone},
+            "backbone": {"header": self.backbone_header, "tensors": self.backbone} | coded,
             "files": self.files,
             "extents": "".join(self.extents),
         }
@@ -195,6 +198,7 @@ class Manifest:
             values["backbone"]["header"],
             values["files"],
             tuple(digits[i : i + 8] for i in range(0, len(digits), 8)),
+            {name: CodedMatrix.from_list(each) for name, each in values["backbone"].get("coded", {}).items()},
         )
 
     def with_checksums(
@@ -225,6 +229,7 @@ class PackedCheckpoint(Checkpoint):
         self._add_extents(shard)
         self._add(self.folder / BACKBONE)
         self._check_backbone(self._shards[self.folder / BACKBONE])
+        self.tensors = dense_tensors(self.stored, self.manifest.coded)
 
     def _check_files(self) -> None:
         for name, expected in self.manifest.files.items():
@@ -259,14 +264,22 @@ class PackedCheckpoint(Checkpoint):
         _check_end(shard, 8 + length + sum(self.tensors[name].nbytes for name in found))
 
     def read(self, name: str) -> torch.Tensor:
+        if name in self.manifest.coded:
+            dense, found = read_matrix(self, name, self.manifest.coded[name])
+            self._check_tensors(found)
+            return dense
         if name not in self.manifest.backbone:
             return super().read(name)
-        info = self.tensors[name]
-        expected, shift = self.manifest.backbone[name]
-        raw = self._shards[info.file].pread(info.offset, info.nbytes, name, shift)
-        if checksum(raw) != expected:
-            raise CheckpointError(f"tensor {name} in {info.file} is damaged (its checksum differs): {REMEDY}")
+        info = self.stored[name]
+        raw = self._shards[info.file].pread(info.offset, info.nbytes, name, self.manifest.backbone[name][1])
+        self._check_tensors({name: checksum(raw)})
         return raw.view(info.dtype).view(info.shape)
+
+    def _check_tensors(self, found: Mapping[str, str]) -> None:
+        for name, digits in found.items():
+            if digits != self.manifest.backbone[name][0]:
+                file = self.stored[name].file
+                raise CheckpointError(f"tensor {name} in {file} is damaged (its checksum differs): {REMEDY}")
 
     def extent(self, layer: int, expert: int) -> Part:
         """All bytes of one expert."""
@@ -379,12 +392,3 @@ def _plain(own: PackedLayer, expert: int) -> Iterator[tuple[str, PackedTensor, i
         shift = own.shifts[name][expert] if name in own.shifts else 0
         begin = tensor.parts["values"][2] + shift
         yield name, tensor, begin, begin + math.prod(tensor.shape) * tensor.dtype.itemsize
-
-
-def plain_layer(layout: SlotLayout, shifts: Mapping[str, tuple[int, ...]], num_experts: int) -> PackedLayer:
-    """Extents that are slots of `layout`: every tensor as the model has it."""
-    tensors = {
-        f.name: PackedTensor(PLAIN, f.dtype, f.shape, {"values": (f.dtype, f.shape, f.offset)}) for f in layout.fields
-    }
-    assert all(0 <= s < ALIGNMENT for each in shifts.values() for s in each)
-    return PackedLayer(num_experts, layout.nbytes, tensors, {n: each for n, each in shifts.items() if any(each)})

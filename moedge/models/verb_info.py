@@ -89,7 +89,7 @@ def _count_layers(blueprint: "Blueprint") -> int:
 def _stored_bytes(blueprint: "Blueprint") -> dict[str, dict[str, int]]:
     """Bytes in the files by number format, of the backbone and of the experts."""
     stored: dict[str, dict[str, int]] = {}
-    for info in blueprint.checkpoint.tensors.values():
+    for info in blueprint.checkpoint.stored.values():
         row = stored.setdefault(str(info.dtype).removeprefix("torch."), {"backbone": 0, "experts": 0})
         row["experts" if info.name in blueprint.experts.tensors else "backbone"] += info.nbytes
     return stored

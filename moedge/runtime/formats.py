@@ -222,9 +222,39 @@ def from_mxfp4(codes: Tensor, exponents: Tensor, name: str = "matrix") -> Parts:
     factor = torch.where(used.any(1), top - (_TOP - 1), 0).clamp(-126, 127)  # [O]
     relative = torch.where(used, power - factor[:, None], 0)
     if (relative < -24).any():
-        raise CheckpointError(f"{name} has MXFP4 scales more than 2^38 apart in a row: pack it with --bits 4 or 8")
+        raise CheckpointError(f"{name} has MXFP4 scales more than 2^38 apart in a row: pack it with --bits 8")
     scales = torch.where(used, torch.exp2(relative.float()), torch.zeros(()))
     return {"values": pack_nibbles(codes), "scales": scales.half(), "factors": torch.exp2(factor.float())}
+
+
+def from_integers(
+    values: Tensor, scales: Tensor, zeros: Tensor, group: int, format: Format, name: str = "matrix"
+) -> Parts | None:
+    """The parts of a matrix that is in integers of `format.bits` bits already: exactly the same numbers.
+
+    `values` [O, I] and `zeros` [O, G] are uint8, `scales` [O, G], each for `group` numbers. Scales in fp16 or bf16 stay
+    as they are. None where the format cannot hold the matrix: its groups span several scales, or it is symmetric and
+    the zero points are not. Raises CheckpointError for scales that are no numbers.
+    """
+    middle = 8 if format.bits == 4 else 128
+    columns = values.shape[1]
+    starts = torch.arange(0, columns, format.group)
+    if (group % format.group and group < columns) or (format.symmetric and not (zeros == middle).all()):
+        return None
+    scales, zeros = scales.float()[:, starts // group], zeros[:, starts // group]  # [O, G] in groups of the format
+    if not torch.isfinite(scales).all():
+        raise CheckpointError(f"{name} has scales that are NaN or infinity: fetch the checkpoint again")
+    values = torch.nn.functional.pad(values, (0, -columns % format.group), value=middle)
+    largest = scales.abs().amax(1)
+    power = torch.where(largest > 0, torch.frexp(largest)[1] - _TOP, 0).clamp(-126, 127).float()
+    parts = {
+        "values": pack_nibbles(values) if format.bits == 4 else (values ^ 128).view(torch.int8),  # less 128
+        "scales": (scales * torch.exp2(-power)[:, None]).half(),
+        "factors": torch.exp2(power),
+    }
+    if format.symmetric:
+        return parts
+    return parts | {"zeros": zeros.to(torch.int8) if format.bits == 4 else (zeros ^ 128).view(torch.int8)}
 
 
 def _exponent(largest: Tensor, levels: int) -> Tensor:

@@ -94,12 +94,17 @@ class Unfinished:
                 f"from here, or delete {self.folder}"
             ) from error
 
-    def finish(self) -> None:
-        """Put everything on the disk, then give the folder its name."""
-        (self.folder / JOURNAL).unlink()
+    def finish(self, *scratch: str) -> None:
+        """Put everything on the disk, give the folder its name, delete the journal and the `scratch` files in it.
+
+        In this order: a kill before the last step leaves a run that can go on, or a folder that is whole.
+        """
         for path in (*self.folder.iterdir(), self.folder):
             sync(path)
         os.rename(self.folder, self.out)
+        for name in (JOURNAL, *scratch):
+            (self.out / name).unlink(missing_ok=True)
+        sync(self.out)
         sync(self.out.parent)
 
     def close(self) -> None:

@@ -8,19 +8,17 @@ import errno
 import hashlib
 import json
 import os
-import struct
 import threading
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moedge.errors import CheckpointError, MemoryLimitError, ModelError
-from moedge.models.checkpoint import DTYPES, READ_BLOCK, Checkpoint, TensorInfo
-from moedge.models.expert_map import ExpertMap
+from moedge.models.backbone import matrices as find_matrices
+from moedge.models.checkpoint import READ_BLOCK
 from moedge.models.hub import FILES, resolve
 from moedge.models.load import Blueprint, draw
 from moedge.models.pack import (
@@ -32,14 +30,21 @@ from moedge.models.pack import (
     checksum,
     is_packed,
 )
+from moedge.models.quantised import QuantisedCheckpoint, without_quantisation
 from moedge.runtime.budget import LATER_IMPORTS
+from moedge.runtime.calibrate import MOMENTS, Moments
 from moedge.runtime.device import process_memory, return_freed_memory
 from moedge.runtime.extents import SCRATCH, describe, extent_of, fill
 from moedge.runtime.formats import PLAIN, Format
 from moedge.runtime.journal import Unfinished
+from moedge.runtime.pack_backbone import Backbone
 from moedge.runtime.reader import BLOCK, PAGE, DirectReader
+from moedge.runtime.sources import Source
 from moedge.runtime.store import Slots, read_expert
 from moedge.units import format_size
+
+if TYPE_CHECKING:
+    from moedge.runtime.profiling import Profile
 
 THREADS = 4  # experts under way at once; each waits for the disk most of the time
 Report = Callable[[int, int], None]  # bytes done, of how many
@@ -51,26 +56,38 @@ def pack(
     format: Format = PLAIN,
     memory: int | None = None,
     report: Report = lambda done, total: None,
+    calibrate: Path | None = None,
+    reading: Report = lambda tokens, total: None,
+    backbone: int = 16,
 ) -> dict[str, int]:
     """Write `model` to the folder `out`, its experts in `format`; sizes in bytes of what was written.
 
-    `memory` limits the process. Continues a run that was killed, to the same bytes. Raises CheckpointError where `out`
+    `memory` limits the process. `calibrate`: texts for which int8 and int4 are made best; `reading` hears of the tokens
+    of it that are read. Continues a run that was killed, to the same bytes. Raises CheckpointError where `out`
     exists, the disk is full, or the model is damaged; ModelError; MemoryLimitError.
     """
     folder, out = resolve(model), Path(out)
     if is_packed(folder):
         raise ModelError(f"{folder} is packed already: pack the original")
-    blueprint = draw(folder)
+    blueprint = draw(folder, quantised=True)
     try:
-        assert isinstance(blueprint.experts, ExpertMap)
-        plan = _Plan(blueprint, blueprint.experts, format)
+        plan = _Plan(blueprint, format, backbone)
+        if calibrate is not None and isinstance(blueprint.checkpoint, QuantisedCheckpoint):
+            raise ModelError(f"{folder} is quantised, --calibrate needs the 16-bit original: give that instead")
         threads = _threads(plan, memory)
+        if calibrate is not None:
+            from moedge.runtime.profiling import Profile  # here: it brings what runs models
+
+            plan.profile = Profile(blueprint, calibrate)
         unfinished = Unfinished(out, plan.identity())
         try:
-            unfinished.check_space(plan.total)
+            unfinished.check_space(plan.total + (plan.profile.nbytes if plan.profile else 0))
             with unfinished.writing():
+                if plan.profile:
+                    plan.moments = plan.profile.moments(memory, unfinished, reading)
+                    threads = _threads(plan, memory)  # again: the moments stay in memory
                 _write(plan, unfinished, threads, report)
-            unfinished.finish()
+            unfinished.finish(MOMENTS)
         finally:
             unfinished.close()
     finally:
@@ -87,37 +104,43 @@ def pack(
 class _Plan:
     """What will be written, known before a byte is."""
 
-    def __init__(self, blueprint: Blueprint, experts: ExpertMap, format: Format) -> None:
-        self.blueprint, self.experts, self.format = blueprint, experts, format
-        self.checkpoint = blueprint.checkpoint
-        tensors = [info for info in self.checkpoint.tensors.values() if info.name not in experts.tensors]
-        self.backbone = sorted(tensors, key=lambda info: (info.file.name, info.offset))
+    def __init__(self, blueprint: Blueprint, format: Format, backbone: int) -> None:
+        self.blueprint, self.format = blueprint, format
+        self.profile: Profile | None = None
+        self.moments: Moments | None = None
+        self.source = Source(blueprint, format)
+        self.checkpoint, self.experts = blueprint.checkpoint, self.source.experts
+        tensors = [info for info in self.checkpoint.tensors.values() if info.name not in self.experts.tensors]
+        matrices = find_matrices(blueprint.meta, blueprint.anatomy, self.checkpoint.tensors) if backbone < 16 else set()
+        self.backbone = Backbone(self.checkpoint, tensors, matrices, Format("int4" if backbone == 4 else "int8"))
         self.small = _small_files(blueprint.folder)
-        none = "0" * 8
+        none, formats = "0" * 8, self.source.formats
         self.manifest = Manifest(
             source=_source(blueprint),
-            layers=tuple(describe(layer, experts, format) for layer in blueprint.anatomy.layers),
-            backbone={info.name: (none, info.offset % 64) for info in self.backbone},
+            layers=tuple(describe(layer, self.experts, formats[layer.index]) for layer in blueprint.anatomy.layers),
+            backbone={name: (none, shift) for name, shift in self.backbone.shifts.items()},
             backbone_header=none,
             files={path.name: none for path in self.small},
             extents=(none,) * sum(layer.num_experts for layer in blueprint.anatomy.layers),
+            coded=self.backbone.coded,
         )
 
     @property
     def total(self) -> int:
         """Bytes of the whole folder."""
         small = sum(path.stat().st_size for path in self.small)
-        return self.manifest.file_size + sum(info.nbytes for info in self.backbone) + small
+        return self.manifest.file_size + self.backbone.nbytes + small
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to be continued: the header, and the files that are read."""
         stats = [(path.name, path.stat()) for path in (*self.checkpoint.files, *self.small)]
         files = sorted((name, status.st_size, status.st_mtime_ns) for name, status in stats)
-        return {"header": checksum(self.manifest.head()), "files": files, "torch": torch.__version__}
+        found = {"header": checksum(self.manifest.head()), "files": files, "torch": torch.__version__}
+        return found | (self.profile.identity if self.profile else {})
 
 
 def _source(blueprint: Blueprint) -> dict[str, str]:
-    infos = sorted(blueprint.checkpoint.tensors.values(), key=lambda info: info.name)
+    infos = sorted(blueprint.checkpoint.stored.values(), key=lambda info: info.name)
     shapes = json.dumps([(info.name, str(info.dtype), info.shape) for info in infos])
     config = (blueprint.folder / "config.json").read_bytes()
     return {name: _hash(value) for name, value in (("config", config), ("tensors", shapes.encode()))}
@@ -138,7 +161,9 @@ def _threads(plan: _Plan, memory: int | None) -> int:
     """How many experts can be under way within the limit. Raises MemoryLimitError."""
     slot = max(layout.nbytes for layout in plan.experts.layouts)
     extent = max(layer.stride for layer in plan.manifest.layers)
-    each = slot + plan.experts.conversion_bytes + BLOCK + (0 if plan.format == PLAIN else extent + SCRATCH)
+    each = slot + plan.experts.conversion_bytes + plan.source.overhead + BLOCK
+    each += 0 if plan.format == PLAIN else extent
+    each += SCRATCH if plan.format != PLAIN or plan.source.overhead or plan.backbone.coded else 0
     if memory is None:
         return THREADS
     fixed = process_memory()[0] + LATER_IMPORTS + 2 * READ_BLOCK
@@ -153,7 +178,7 @@ def _threads(plan: _Plan, memory: int | None) -> int:
 
 def _write(plan: _Plan, unfinished: Unfinished, threads: int, report: Report) -> None:
     manifest, folder = plan.manifest, unfinished.folder
-    total = manifest.file_size + sum(info.nbytes for info in plan.backbone)
+    total = manifest.file_size + plan.backbone.nbytes
     done = 0
     extents: dict[tuple[int, int], str] = {}
     writer = _ExtentWriter(plan, unfinished)
@@ -168,8 +193,8 @@ def _write(plan: _Plan, unfinished: Unfinished, threads: int, report: Report) ->
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             writer.close()
-    head, of_tensors = _write_backbone(plan, folder / BACKBONE, lambda count: report(done + count, total))
-    files = {path.name: _copy(path, folder / path.name) for path in plan.small}
+    head, of_tensors = plan.backbone.write(folder / BACKBONE, lambda count: report(done + count, total))
+    files = {path.name: _copy(path, folder / path.name, plan) for path in plan.small}
     final = manifest.with_checksums(tuple(extents[key] for key in manifest.keys), of_tensors, head, files)
     with open(folder / EXPERTS, "r+b") as file:
         file.write(final.head())
@@ -182,7 +207,7 @@ class _ExtentWriter:
     def __init__(self, plan: _Plan, unfinished: Unfinished) -> None:
         self._plan, self._unfinished = plan, unfinished
         self._places = plan.manifest.places
-        self._reader = DirectReader(plan.checkpoint)
+        self._reader = plan.source.reader()
         self._fd = _open_direct(unfinished.folder / EXPERTS)
         self._memory = threading.local()
         self._extents = [extent_of(layer) for layer in plan.manifest.layers]
@@ -194,19 +219,28 @@ class _ExtentWriter:
         earlier = self._unfinished.done.get((layer, expert))
         if earlier is not None and self._holds(target.numpy().data, offset, earlier):
             return earlier
-        source.zero_()  # gaps are zero, whatever was there before
-        read_expert(self._plan.experts, self._reader, layer, expert, source)
-        if target is not source:
-            target.zero_()
-            values = self._plan.experts.views(layer, expert, source)
-            transposed = self._plan.blueprint.anatomy.layers[layer].kind.transposed
-            fill(self._extents[layer], values, transposed, target, f"expert {expert} of layer {layer}")
+        self._make(layer, expert, source, target)
         digits = checksum(target)
         view, done = target.numpy().data, 0
         while done < len(view):
             done += os.pwrite(self._fd, view[done:], offset + done)
         self._unfinished.record(layer, expert, digits)
         return digits
+
+    def _make(self, layer: int, expert: int, source: torch.Tensor, target: torch.Tensor) -> None:
+        """The extent in `target`, which is `source` where it is plain."""
+        source.zero_()  # gaps are zero, whatever was there before
+        plan, where = self._plan, f"expert {expert} of layer {layer}"
+        if target is source:
+            read_expert(plan.experts, self._reader, layer, expert, source)
+            return
+        target.zero_()
+        if plan.source.keep(self._reader, (layer, expert), source, self._extents[layer], target, where):
+            return
+        read_expert(plan.experts, self._reader, layer, expert, source)
+        transposed = plan.blueprint.anatomy.layers[layer].kind.transposed
+        values, moments = plan.experts.views(layer, expert, source), plan.moments and plan.moments.of(layer, expert)
+        fill(self._extents[layer], values, transposed, target, where, moments)
 
     def _holds(self, view: memoryview, offset: int, expected: str) -> bool:
         """Whether the file has what an earlier run recorded: after a power cut it may not."""
@@ -240,40 +274,10 @@ def _open_direct(path: Path) -> int:
     return os.open(path, flags, 0o666)
 
 
-def _write_backbone(plan: _Plan, path: Path, report: Callable[[int], None]) -> tuple[str, dict[str, str]]:
-    """Write an ordinary safetensors file block by block; checksums of its header and of each tensor."""
-    names, end = {dtype: name for name, dtype in DTYPES.items()}, 0
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for info in plan.backbone:
-        span = [end, end + info.nbytes]
-        entries[info.name] = {"dtype": names[info.dtype], "shape": info.shape, "data_offsets": span}
-        end += info.nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    length = -(-len(text) // 64) * 64
-    head = struct.pack("<Q", length) + text.ljust(length)
-    checksums = {}
-    written = 0
-    with open(path, "wb") as file:
-        file.write(head)
-        for info in plan.backbone:
-            crc = 0
-            for block in _blocks(plan.checkpoint, info):
-                data = block.numpy().data
-                crc = zlib.crc32(data, crc)
-                file.write(data)
-                written += len(data)
-                report(written)
-            checksums[info.name] = f"{crc:08x}"
-    return checksum(head), checksums
-
-
-def _blocks(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[torch.Tensor]:
-    for begin in range(0, info.nbytes, READ_BLOCK):
-        yield checkpoint.shard(info.file).pread(info.offset + begin, min(READ_BLOCK, info.nbytes - begin), info.name)
-
-
-def _copy(source: Path, target: Path) -> str:
+def _copy(source: Path, target: Path, plan: _Plan) -> str:
     data = source.read_bytes()
+    if source.name == "config.json" and (isinstance(plan.checkpoint, QuantisedCheckpoint) or plan.backbone.coded):
+        data = without_quantisation(data, plan.blueprint.dtype)
     target.write_bytes(data)
     return checksum(data)
 
@@ -289,7 +293,7 @@ def verify(folder: Path, report: Report = lambda done, total: None) -> dict[str,
     reader = DirectReader(checkpoint)
     try:
         manifest, done = checkpoint.manifest, 0
-        total = sum(info.nbytes for info in checkpoint.tensors.values())
+        total = sum(info.nbytes for info in checkpoint.stored.values())
         for name in manifest.backbone:
             done += checkpoint.read(name).nbytes
             report(done, total)

@@ -1,5 +1,6 @@
-"""Text files in pieces that fit into memory: documents of some size, or lines. Knows no tokens."""
+"""Text files in pieces that fit into memory: documents of some size, lines, or records. Knows no tokens."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,3 +30,36 @@ def read_lines(path: str | Path) -> Iterator[str]:
     """The lines of a file that are not blank, without their ends."""
     for document in read_documents(path):
         yield from (line for line in document.splitlines() if line.strip())
+
+
+def read_texts(path: str | Path) -> Iterator[str]:
+    """The documents of a text file; of a .jsonl file those of its records: `text`, or `prompt` and `answer`.
+
+    Raises DataError, naming file and line, for a record that has neither.
+    """
+    if Path(path).suffix != ".jsonl":
+        yield from read_documents(path)
+        return
+    for number, line in enumerate(_file_lines(path), start=1):
+        if line.strip():
+            yield _text_of(line, f"{path}:{number}")
+
+
+def _file_lines(path: str | Path) -> Iterator[str]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error.reason}): convert it first") from error
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} is not JSON ({error.msg}): one record a line") from error
+    if isinstance(record, dict) and isinstance(record.get("text"), str):
+        return str(record["text"])
+    if isinstance(record, dict) and isinstance(record.get("prompt"), str) and "answer" in record:
+        return f"{record['prompt']} {str(record['answer']).lstrip()}"
+    raise DataError(f"{where} has neither text nor prompt and answer: {line[:80]!r}")

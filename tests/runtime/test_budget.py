@@ -172,7 +172,7 @@ def test_quantised_dense_and_incomplete_models_are_refused(tiny: Callable[..., P
     folder = Path(shutil.copytree(tiny("qwen3_moe"), tmp_path / "model"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(ModelError, match="quantised already \\(fp8\\)"):
+    with pytest.raises(ModelError, match=r"is quantised \(fp8\): convert it with `moedge pack .*model OUT`"):
         load(folder)
     (folder / "config.json").write_text(json.dumps(config | {"num_local_experts": 4}))
     with pytest.raises(Exception, match=r"8 like|4 experts"):

@@ -12,6 +12,7 @@ from moedge.runtime.formats import (
     PLAIN,
     Format,
     dequantise,
+    from_integers,
     from_mxfp4,
     layout,
     pack_nibbles,
@@ -173,3 +174,35 @@ def test_bytes_per_number() -> None:
         parts = part_shapes((64, 1024), torch.bfloat16, format)
         stored = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in parts.values())
         assert stored * 8 / (64 * 1024) == pytest.approx(bits, abs=0.04)
+
+
+@pytest.mark.parametrize("columns", [64, 96, 100])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("code", ["int4", "int8"])
+def test_integers_of_others_are_kept_exactly(code: str, dtype: torch.dtype, columns: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    levels = 16 if code == "int4" else 256
+    q = torch.randint(0, levels, (5, columns), generator=generator, dtype=torch.uint8)
+    zeros = torch.randint(0, levels, (5, 2), generator=generator, dtype=torch.uint8)
+    scales = (torch.rand(5, 2, generator=generator) * 1e-4 + 1e-7).to(dtype)
+    scales[3] = 0
+    index = torch.arange(columns) // 64
+    expected = (q.double() - zeros[:, index].double()) * scales[:, index].double()
+    for group in (32, 64):
+        format = Format(code, group, symmetric=False)
+        parts = from_integers(q, scales, zeros[:, : -(-columns // 64)], 64, format)
+        assert parts is not None
+        shapes = {part: (tuple(each.shape), each.dtype) for part, each in parts.items()}
+        assert shapes == part_shapes((5, columns), dtype, format)
+        assert torch.equal(dequantise(parts, format, columns).double(), expected)
+
+
+def test_integers_that_a_format_cannot_hold() -> None:
+    q = torch.zeros(2, 64, dtype=torch.uint8)
+    scales, middle = torch.ones(2, 2).half(), torch.full((2, 2), 8, dtype=torch.uint8)
+    assert from_integers(q, scales, middle, 32, Format("int4")) is not None
+    assert from_integers(q, scales, middle, 32, Format("int4", 64)) is None, "two scales in a group"
+    assert from_integers(q, scales, middle + 1, 32, Format("int4")) is None, "not symmetric"
+    assert from_integers(q, scales, middle + 1, 32, Format("int4", symmetric=False)) is not None
+    with pytest.raises(CheckpointError, match="up has scales that are NaN or infinity"):
+        from_integers(q, scales * float("inf"), middle, 32, Format("int4"), "up")

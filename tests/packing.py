@@ -1,0 +1,48 @@
+"""What tests of packs share: the bytes of a folder, a model's logits, and a run that is killed again and again."""
+
+from pathlib import Path
+
+import torch
+
+from moedge.runtime.lm import LM
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+from moedge.runtime import pack as module
+from moedge.runtime.formats import Format
+
+model, out, format, times = sys.argv[1], sys.argv[2], Format.parse(sys.argv[3]), int(sys.argv[4])
+chance, kills = random.Random(0), 0
+record = module.Unfinished.record
+
+def slowly(self, *args):  # so that kills fall between and inside all steps
+    time.sleep(0.1)
+    record(self, *args)
+    time.sleep(0.1)
+
+module.Unfinished.record = slowly
+while not Path(out).exists():
+    child = os.fork()
+    if child == 0:
+        module.pack(model, out, format)
+        os._exit(0)
+    if kills < times:
+        time.sleep(chance.uniform(0.05, 0.4))
+        os.kill(child, signal.SIGKILL)
+        kills += 1
+    os.waitpid(child, 0)
+print(kills)
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def logits(lm: LM) -> torch.Tensor:
+    ids = torch.randint(3, 280, (2, 11), generator=torch.Generator().manual_seed(3))
+    more = {"decoder_input_ids": ids[:, 4:]} if lm.model.config.is_encoder_decoder else {}
+    with torch.inference_mode():
+        value: torch.Tensor = lm.model(input_ids=ids, **more).logits
+    return value
