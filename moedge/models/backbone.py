@@ -12,7 +12,7 @@ That is int8-g32 and int4-g32 of runtime/formats.py, I padded to a multiple of 3
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -94,6 +94,24 @@ def read_matrix(checkpoint: Checkpoint, name: str, matrix: CodedMatrix) -> tuple
             parts[part] = raw.view(info.dtype).view(end - begin, *info.shape[1:])
         dense[begin:end] = matrix.dense(parts)
     return dense, {infos[part].name: f"{crc:08x}" for part, crc in crcs.items()}
+
+
+def coded_modules(model: PreTrainedModel, coded: Iterable[str]) -> dict[str, list[str]]:
+    """The coded matrices that a model's modules can hold as they are, each with the paths of these modules.
+
+    `model`: a whole one on the meta device. Several modules where weights are tied. Only torch's own Linear and
+    Embedding: a matrix of another class (a scaled embedding) is not among them and is made dense on loading.
+    """
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if type(module) in (nn.Linear, nn.Embedding):
+            owners.setdefault(id(module.weight), []).append(path)
+    target_of, found = target_names(model), {}
+    for name in coded:
+        module = model.get_submodule(target_of(name)[0].rpartition(".")[0])
+        if paths := owners.get(id(module.weight)):
+            found[name] = paths
+    return found
 
 
 def matrices(model: PreTrainedModel, anatomy: Anatomy, tensors: Mapping[str, TensorInfo]) -> set[str]:

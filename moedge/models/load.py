@@ -5,6 +5,7 @@ and has no experts in it; a quantizer hook lets the caller take the expert param
 Knows how a model is made; what runs in place of the experts is the caller's.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moedge.errors import CheckpointError, ModelError
 from moedge.models.anatomy import Anatomy, dissect
 from moedge.models.architecture import meta_model, text_class, text_config
+from moedge.models.backbone import coded_modules, parts_of
 from moedge.models.checkpoint import Checkpoint
 from moedge.models.expert_map import ExpertMap
 from moedge.models.pack import PackedCheckpoint, PackedExperts, is_packed
@@ -57,9 +59,20 @@ class Blueprint:
 
     @property
     def backbone_bytes(self) -> int:
-        """Bytes of all parameters and buffers that are not experts, tied ones once."""
+        """Bytes of all parameters and buffers that are not experts, tied ones once, in the form they have in memory."""
         tensors = {id(t): t for t in (*self.meta.parameters(), *self.meta.buffers())}
-        return sum(t.numel() * t.element_size() for t in tensors.values()) - self.anatomy.expert_bytes
+        dense = sum(t.numel() * t.element_size() for t in tensors.values()) - self.anatomy.expert_bytes
+        return dense - self._saved_by_codes()
+
+    def _saved_by_codes(self) -> int:
+        """Bytes by which the matrices that a pack keeps in groups are smaller than dense ones."""
+        checkpoint = self.checkpoint
+        if not isinstance(checkpoint, PackedCheckpoint):
+            return 0
+        coded = checkpoint.manifest.coded
+        names = list(coded_modules(self.meta, coded))
+        dense = sum(math.prod(coded[name].shape) * self.dtype.itemsize for name in names)
+        return dense - sum(checkpoint.stored[part].nbytes for name in names for part in parts_of(name).values())
 
     @property
     def max_context(self) -> int | None:
@@ -129,8 +142,15 @@ def _own_dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
     return next((i.dtype for i in infos.values() if i.dtype in DTYPES.values()), torch.float32)
 
 
-def load_backbone(blueprint: Blueprint, take_out: TakeOut, experts_implementation: str | None) -> PreTrainedModel:
+def load_backbone(
+    blueprint: Blueprint,
+    take_out: TakeOut,
+    experts_implementation: str | None,
+    without: frozenset[str] = frozenset(),
+) -> PreTrainedModel:
     """The model with every parameter but the experts'; `take_out(meta model, anatomy)` removes those before loading.
+
+    `without`: tensors of the checkpoint whose parameters `take_out` removes as well.
 
     Raises CheckpointError when the checkpoint lacks a tensor of the backbone or has one of another shape.
     """
@@ -149,7 +169,7 @@ def load_backbone(blueprint: Blueprint, take_out: TakeOut, experts_implementatio
             model, info = make(
                 None,
                 config=blueprint.config,
-                state_dict=blueprint.checkpoint.lazy_state_dict(without=blueprint.experts.tensors),
+                state_dict=blueprint.checkpoint.lazy_state_dict(without=blueprint.experts.tensors | without),
                 dtype=blueprint.dtype,
                 quantization_config=_LeaveOutExperts(on_meta),
                 output_loading_info=True,

@@ -1,19 +1,21 @@
-"""Linear layers and embeddings whose matrices are int8 or int4 groups: in the place of torch's own modules.
+"""Linear layers and embeddings whose matrices are int8 or int4 groups, and how a model gets them.
 
 Few inputs are multiplied by the C kernels where the matrix lies; many, and everything under grad, by torch with rows
-that were made dense. Knows modules and memory; no files.
+that were made dense. Knows modules, and a pack that reads tensors by name; no experts.
 """
 
 import threading
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
+from moedge.models.backbone import coded_modules, parts_of
+from moedge.models.pack import PackedCheckpoint
 from moedge.native import library as native
 from moedge.native.library import Library, Rows
-from moedge.native.threads import Speeds, best
+from moedge.native.threads import Speeds, best, calibrated
 from moedge.runtime.formats import Extent, Format, dequantise, layout
 from moedge.runtime.kernels import MANY, matrix_of
 
@@ -67,15 +69,14 @@ class _Coded(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Shape and dtype of the dense matrix; it has no numbers."""
-        return torch.empty(self.matrix.shape, dtype=self.matrix.dtype, device="meta")
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        return super()._apply(fn, recurse)
+        """The dense matrix, made anew: for the few models that multiply by it themselves."""
+        return self.matrix.rows(slice(None))
 
 
 class CodedLinear(_Coded):
     """As nn.Linear. `library` None: with torch alone."""
+
+    bias: nn.Parameter | None
 
     def __init__(self, matrix: CodedMatrix, bias: nn.Parameter | None, library: Library | None, speeds: Speeds) -> None:
         super().__init__(matrix)
@@ -85,8 +86,9 @@ class CodedLinear(_Coded):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        if self._library is not None and len(rows) < MANY and x.dtype in _CODES and not torch.is_grad_enabled():
-            out = self.matrix.times(rows.contiguous(), self._library, self._threads)
+        if self._library is not None and len(rows) < MANY and not torch.is_grad_enabled():
+            wide = rows.contiguous() if x.dtype in _CODES else rows.float()
+            out = self.matrix.times(wide, self._library, self._threads).to(x.dtype)
             if self.bias is not None:
                 out += self.bias
         elif torch.is_grad_enabled():  # autograd keeps the dense matrix until backward
@@ -110,3 +112,39 @@ class CodedEmbedding(_Coded):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.matrix.rows(ids.reshape(-1)).view(*ids.shape, self.embedding_dim)
+
+
+class CodedBackbone:
+    """The coded matrices of a pack for the modules of `model`, a whole one on the meta device.
+
+    Reads them at once; `tensors` are the names of what need not be read again.
+    """
+
+    def __init__(self, model: PreTrainedModel, checkpoint: PackedCheckpoint, dtype: torch.dtype) -> None:
+        self._library = native.load()
+        most = torch.get_num_threads()
+        self._speeds = {1: (0.0, 1.0)} if self._library is None else calibrated(self._library, most)
+        self._matrices: dict[str, CodedMatrix] = {}  # module path -> its matrix
+        modules = coded_modules(model, checkpoint.manifest.coded)
+        for name, paths in modules.items():
+            described = checkpoint.manifest.coded[name]
+            matrix = CodedMatrix(Format.parse(described.format), described.shape, dtype)
+            for part, tensor in parts_of(name).items():
+                matrix.parts[part].copy_(checkpoint.read(tensor))
+            self._matrices |= dict.fromkeys(paths, matrix)
+        self.tensors = frozenset(modules)
+
+    def put_into(self, model: PreTrainedModel) -> None:
+        """Replace the modules of a meta model before its weights are loaded."""
+        for path, matrix in self._matrices.items():
+            parent, _, leaf = path.rpartition(".")
+            old = model.get_submodule(path)
+            if isinstance(old, nn.Linear):
+                new: nn.Module = CodedLinear(matrix, old.bias, self._library, self._speeds)
+            else:
+                assert isinstance(old, nn.Embedding)
+                new = CodedEmbedding(matrix, old.padding_idx)
+            setattr(model.get_submodule(parent), leaf, new)
+        tied = model.all_tied_weights_keys
+        for key in [key for key in tied if key.rpartition(".")[0] in self._matrices]:
+            del tied[key]

@@ -7,7 +7,7 @@ import os
 import weakref
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,16 +16,20 @@ from moedge.errors import CheckpointError, ContextError, MemoryLimitError, Model
 from moedge.models.anatomy import Anatomy
 from moedge.models.hub import resolve
 from moedge.models.load import Blueprint, draw, load_backbone, load_tokenizer
-from moedge.models.pack import PackedExperts
+from moedge.models.pack import PackedCheckpoint, PackedExperts
 from moedge.runtime.budget import Plan, make_plan
 from moedge.runtime.device import return_freed_memory
 from moedge.runtime.experts import IMPLEMENTATION, ExpertSource, connect, register, take_out_experts
+from moedge.runtime.forward import vocabulary
 from moedge.runtime.generate import Prompt, Step, generate
 from moedge.runtime.policy import POLICIES, LayerCache
 from moedge.runtime.prefetch import Prefetcher
 from moedge.runtime.reader import DirectReader
 from moedge.runtime.store import DiskStore
 from moedge.units import format_size, parse_size
+
+if TYPE_CHECKING:
+    from moedge.runtime.linear import CodedBackbone
 
 
 class LM:
@@ -136,17 +140,26 @@ def _assemble(blueprint: Blueprint, plan: Plan, tokenizer: PreTrainedTokenizerBa
     register()
     sources: list[ExpertSource] = []
     modular = any(layer.kind.modular for layer in blueprint.anatomy.layers)
-    model = load_backbone(
-        blueprint,
-        take_out=lambda meta, anatomy: sources.extend(take_out_experts(meta, anatomy)),
-        experts_implementation=None if modular else IMPLEMENTATION,
-    )
+    coded: CodedBackbone | None = None
+    checkpoint = blueprint.checkpoint
+    if isinstance(checkpoint, PackedCheckpoint) and checkpoint.manifest.coded:
+        from moedge.runtime import linear  # here: other models do without the kernels
+
+        coded = linear.CodedBackbone(blueprint.meta, checkpoint, blueprint.dtype)
+
+    def take_out(meta: PreTrainedModel, anatomy: Anatomy) -> None:
+        sources.extend(take_out_experts(meta, anatomy))
+        if coded is not None:
+            coded.put_into(meta)
+
+    without = frozenset[str]() if coded is None else coded.tensors
+    model = load_backbone(blueprint, take_out, None if modular else IMPLEMENTATION, without)
     experts = blueprint.experts
     if isinstance(experts, PackedExperts) and not all(layer.plain for layer in experts.layers):
         from moedge.runtime.coded import coded_layers  # here: other models do without the kernels
 
-        for source, coded in zip(sources, coded_layers(model, blueprint.anatomy, experts), strict=True):
-            source.coded = coded
+        for source, layer in zip(sources, coded_layers(model, blueprint.anatomy, experts), strict=True):
+            source.coded = layer
     caches = [
         LayerCache(count, capacity, POLICIES[policy](count, capacity))
         for count, capacity in zip(plan.num_experts, plan.capacities, strict=True)
@@ -191,8 +204,7 @@ class _Guard:
 
     def _check_logits(self, model: Any, rows: int) -> None:
         reserved = self._plan.logits_bytes
-        embedding = model.get_input_embeddings().weight
-        need = rows * int(embedding.shape[0]) * embedding.element_size()
+        need = rows * vocabulary(model) * model.dtype.itemsize
         if reserved is not None and need > reserved:
             raise MemoryLimitError(
                 f"the logits of {rows} tokens need {format_size(need)}, the plan has {format_size(reserved)} for them: "
