@@ -1,6 +1,7 @@
 """Many clients at once, some of them hostile, against `moedge serve` in a process of its own: does it hold?
 
 Every answer is compared with the one that the model gives alone; refused requests have to be 429 with Retry-After.
+Memory is looked at every second: it is flat when it does not rise in the second half of the time.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import linear_regression, median
 from typing import Any
 
 import click
@@ -65,11 +67,39 @@ def server(memory: str, *options: object) -> Iterator[tuple[str, int]]:
         child.wait(30)
 
 
-def memory_of(pid: int) -> tuple[int, int]:
-    """Resident bytes of a process now and at their highest."""
+def memory_of(pid: int) -> tuple[float, float]:
+    """MiB of a process that are resident, now and at their highest."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmRSS", "VmHWM"))}
+    found = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines if line.startswith(("VmRSS", "VmHWM"))}
     return found["VmRSS"], found["VmHWM"]
+
+
+@dataclass
+class Watch:
+    """Resident memory of a process, second by second: [(seconds, MiB)]."""
+
+    pid: int
+    samples: list[tuple[float, float]] = field(default_factory=list)
+
+    async def run(self) -> None:
+        """Look until cancelled."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while True:
+            self.samples.append((loop.time() - began, memory_of(self.pid)[0]))
+            await asyncio.sleep(1)
+
+    def figures(self) -> dict[str, Any]:
+        """How it went by quarters of the time, and how fast it rose in the second half (least squares)."""
+        count = len(self.samples)
+        quarters = [[mib for _, mib in self.samples[count * q // 4 : count * (q + 1) // 4]] for q in range(4)]
+        late = self.samples[count // 2 :]
+        seconds, mib = ([sample[i] for sample in late] for i in (0, 1))
+        return {
+            "resident_mib_low_median_high": [[round(f(part), 1) for f in (min, median, max)] for part in quarters],
+            "second_half_mib_per_minute": round(60 * linear_regression(seconds, mib).slope, 2),
+            "resident_mib_by_second": [round(mib, 1) for _, mib in self.samples],
+        }
 
 
 @dataclass
@@ -240,7 +270,10 @@ async def press(url: str, pid: int, crowd: Crowd, clients: int, seconds: float) 
     await crowd.run(4, min(seconds, 5), 0)  # so that code and experts are there before memory is looked at
     crowd.seen = Seen()
     before, files = memory_of(pid), len(os.listdir(f"/proc/{pid}/fd"))
+    watch = Watch(pid)
+    watching = asyncio.create_task(watch.run())
     await crowd.run(clients, seconds, max(1, clients // 20))
+    watching.cancel()
     for _ in range(300):
         left = await state(url)
         if not left["requests_running"] + left["requests_waiting"]:
@@ -256,9 +289,9 @@ async def press(url: str, pid: int, crowd: Crowd, clients: int, seconds: float) 
         "left_running": left["requests_running"],
         "left_waiting": left["requests_waiting"],
         "open_files": [files, len(os.listdir(f"/proc/{pid}/fd"))],
-        "resident_bytes": [before[0], after[0]],
-        "peak_bytes": [before[1], after[1]],
-    }
+        "resident_mib": [round(before[0], 1), round(after[0], 1)],
+        "peak_mib": [round(before[1], 1), round(after[1], 1)],
+    } | watch.figures()
 
 
 @click.command()
@@ -275,7 +308,7 @@ def main(clients: int, seconds: float, queue: int, memory: str, seed: int, save:
     with server(memory, "--queue", queue) as (url, pid):
         figures = asyncio.run(press(url, pid, Crowd(url, asked, answers, seed), clients, seconds))
     settings = {"clients": clients, "seconds": seconds, "queue": queue, "memory": memory, "seed": seed}
-    rows = [{"figure": name, "value": json.dumps(value)} for name, value in figures.items()]
+    rows = [{"figure": name, "value": json.dumps(value)} for name, value in figures.items() if "by_second" not in name]
     report.publish("serve-load", rows, settings | figures, save)
 
 

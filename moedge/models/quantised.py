@@ -35,10 +35,15 @@ KEY = "quantization_config"
 
 
 def quantisation(folder: Path) -> Mapping[str, Any] | None:
-    """What config.json says of a checkpoint's quantisation; None where it is not quantised."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    found: Mapping[str, Any] | None = config.get(KEY) or (config.get("text_config") or {}).get(KEY)
-    return found
+    """What config.json says of a checkpoint's quantisation; None where it is not quantised. Raises CheckpointError."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = config.get(KEY) or (config.get("text_config") or {}).get(KEY)
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder} has no config.json that can be read ({error}): name the folder of a Hugging Face checkpoint"
+        ) from error
+    return found if isinstance(found, dict) else None
 
 
 def scheme_of(folder: Path, given: Mapping[str, Any]) -> Scheme:

@@ -63,8 +63,8 @@ def pack(
     """Write `model` to the folder `out`, its experts in `format`; sizes in bytes of what was written.
 
     `memory` limits the process. `calibrate`: texts for which int8 and int4 are made best; `reading` hears of the tokens
-    of it that are read. Continues a run that was killed, to the same bytes. Raises CheckpointError where `out`
-    exists, the disk is full, or the model is damaged; ModelError; MemoryLimitError.
+    of it that are read. `backbone`: bits of the other matrices. Continues a run that was killed, to the same bytes.
+    Raises CheckpointError where `out` exists, the disk is full, or the model is damaged; ModelError; MemoryLimitError.
     """
     folder, out = resolve(model), Path(out)
     if is_packed(folder):

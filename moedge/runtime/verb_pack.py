@@ -64,8 +64,8 @@ def command(
     Each expert is one extent there, read at once and checked at its first use. A run that was interrupted goes on when
     the same command is given again.
 
-    MODEL may be quantised: FP8 and MXFP4 (gpt-oss), GPTQ, AWQ and auto-round. It is dequantised; with --bits of its own
-    and no --group, its integers are kept as they are, also --bits 4 of MXFP4.
+    MODEL may be quantised: FP8, MXFP4 (gpt-oss), GPTQ, AWQ or auto-round. It is dequantised; with its own number of
+    --bits and no --group its experts stay as they are, of MXFP4 with --bits 4.
     """
     if verifying:
         if out or bits or group or asymmetric or calibrate or backbone != "16":

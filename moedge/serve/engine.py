@@ -53,10 +53,14 @@ class Job:
 
 
 class Engine:
-    """`parallel` jobs at once and `queue` more that wait. `run` is the model thread's; the rest is for any thread."""
+    """`parallel` jobs at once and `queue` more that wait. `run` is the model thread's; the rest is for any thread.
 
-    def __init__(self, parallel: int, queue: int) -> None:
+    tidy: called on the model thread whenever one of the `parallel` has ended.
+    """
+
+    def __init__(self, parallel: int, queue: int, tidy: Callable[[], None] = lambda: None) -> None:
         self.parallel, self.queue = parallel, queue
+        self._tidy = tidy
         self._changed = threading.Condition()
         self._arrived: deque[Job] = deque()
         self._waiting: deque[Job] = deque()
@@ -139,6 +143,7 @@ class Engine:
         for job in self._running.copy():
             if (job is reader or not job.reading or job.stopped) and not self._slice(job):
                 self._running.remove(job)
+                self._tidy()
                 self._note_end()
 
     def _admit(self, job: Job) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from moedge.api.errors import ApiError
 from moedge.errors import MoedgeError
+from moedge.runtime.device import return_freed_memory
 from moedge.runtime.lm import LM
 from moedge.runtime.session import context_of
 from moedge.serve.engine import BusyError, ClosedError, Ended, Engine, Job
@@ -29,7 +30,7 @@ class Service:
     def __init__(self, name: str, load: Callable[[], LM], parallel: int, queue: int, seconds: float) -> None:
         self.name, self.seconds = name, seconds
         self.created = int(time.time())
-        self.engine = Engine(parallel, queue)
+        self.engine = Engine(parallel, queue, self._tidy)
         self.metrics = Metrics()
         self.failure: BaseException | None = None
         self.chat = False
@@ -60,6 +61,11 @@ class Service:
             self._lm = None
             self.engine.end()
             ended()
+
+    def _tidy(self) -> None:
+        """Give back what an answer has freed: malloc would keep it in pieces, a little more with every coincidence."""
+        if self._lm is not None and self._lm.plan.limit is not None:
+            return_freed_memory()
 
     @property
     def lm(self) -> LM:

@@ -57,6 +57,14 @@ def finish(engine: Engine, seen: Recorded, *names: str) -> None:
     run_until(engine, lambda: all(seen.ended(name) for name in names))
 
 
+def test_tidied_whenever_an_answer_has_ended(seen: Recorded) -> None:
+    tidied: list[str] = []
+    engine = Engine(2, 1, lambda: tidied.append(seen.closed[-1]))
+    engine.submit([seen.job("a", tokens=3), seen.job("b", tokens=5), seen.job("c", brief=True)])
+    finish(engine, seen, "a", "b", "c")
+    assert tidied == ["a", "b"]
+
+
 def test_steps_take_turns(seen: Recorded) -> None:
     engine = Engine(2, 0)
     engine.submit([seen.job("a", tokens=3), seen.job("b", tokens=3)])
