@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -92,10 +92,22 @@ class Slots:
     def __init__(self, count: int, nbytes: int) -> None:
         self.stride = -(-nbytes // PAGE) * PAGE
         self.free = list(range(count))
-        self._bytes = torch.frombuffer(mmap.mmap(-1, max(1, count) * self.stride), dtype=torch.uint8)
+        self._bytes = torch.frombuffer(_anonymous(max(1, count) * self.stride), dtype=torch.uint8)
 
     def __getitem__(self, slot: int) -> torch.Tensor:
         return self._bytes[slot * self.stride : (slot + 1) * self.stride]
+
+
+def _anonymous(nbytes: int) -> mmap.mmap:
+    """Memory of this process, in huge pages where the system has them: with small ones, finding each page takes longer
+    than computing with what is in it."""
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return mmap.mmap(-1, nbytes)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def read_expert(
