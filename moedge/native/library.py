@@ -59,6 +59,16 @@ class Rows(Structure):
     )
 
 
+class Norm(Structure):
+    """moedge_norm of moedge.h."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("count", "columns", "code", "weight_code")),
+        *(("epsilon", c_float), ("offset", c_float)),
+        *((name, c_void_p) for name in ("x", "weight", "out")),
+    )
+
+
 class Library:
     """The functions of one compiled library, with one variant. `variant` is its name."""
 
@@ -80,6 +90,9 @@ class Library:
     def linear(self, matrix: Matrix, extent: int, rows: Rows, threads: int) -> None:
         self._c.moedge_linear(self._variant, byref(matrix), extent, byref(rows), threads)
 
+    def rms_norm(self, norm: Norm) -> None:
+        self._c.moedge_rms_norm(byref(norm))
+
     def dequantise(self, matrix: Matrix, extent: int, rows: tuple[int, int], bf16: bool, out: int) -> None:
         """Rows from, to of a stored matrix to the address `out`, as fp32 or bf16."""
         self._c.moedge_dequantise(self._variant, byref(matrix), extent, *rows, bf16, out)
@@ -98,6 +111,7 @@ def _functions(path: Path) -> Any:
     c.moedge_linear_workspace.restype, c.moedge_linear_workspace.argtypes = ctypes.c_size_t, (POINTER(Matrix), c_int)
     c.moedge_linear.restype = None
     c.moedge_linear.argtypes = (c_int, POINTER(Matrix), c_void_p, POINTER(Rows), c_int)
+    c.moedge_rms_norm.restype, c.moedge_rms_norm.argtypes = None, (POINTER(Norm),)
     c.moedge_dequantise.restype = None
     c.moedge_dequantise.argtypes = (c_int, POINTER(Matrix), c_void_p, c_int, c_int, c_int, c_void_p)
     c.moedge_read_sum.restype, c.moedge_read_sum.argtypes = ctypes.c_uint64, (c_int, c_void_p, ctypes.c_size_t, c_int)

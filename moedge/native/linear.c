@@ -1,7 +1,7 @@
-/* One matrix times a few inputs: what a linear layer of the backbone does. Threads take rows of the matrix, so their
-   number changes no bit. */
+/* What the backbone does with a few tokens: one matrix times them, and the root mean square norm. Threads take rows of
+   the matrix, so their number changes no bit. */
 
-#include <string.h>
+#include <math.h>
 
 #include "moedge.h"
 #include "pool.h"
@@ -74,4 +74,24 @@ void moedge_linear(int v, const moedge_matrix *matrix, const uint8_t *extent, co
     linear_job job = lay_out(matrix, call->count, call->workspace, &nbytes);
     job.variant = moedge_variant(v), job.extent = extent, job.call = call;
     pool_run(threads, run_linear, &job);
+}
+
+static void norm_row(const moedge_norm *call, int64_t start) {
+    float sums[8] = {0}, sum = 0;
+    for (int c = 0; c < call->columns; c++) {
+        float x = load_number(call->x, call->code, start + c);
+        sums[c % 8] += x * x;
+    }
+    for (int i = 0; i < 8; i++) sum += sums[i];
+    float scale = 1.0f / sqrtf(sum / (float)call->columns + call->epsilon);
+    for (int c = 0; c < call->columns; c++) {
+        float x = load_number(call->x, call->code, start + c) * scale;
+        float weight = call->offset + load_number(call->weight, call->weight_code, c);
+        if (call->code == MOEDGE_F32) ((float *)call->out)[start + c] = x * weight;
+        else ((uint16_t *)call->out)[start + c] = to_bf16(from_bits((uint32_t)to_bf16(x) << 16) * weight);
+    }
+}
+
+void moedge_rms_norm(const moedge_norm *call) {
+    for (int i = 0; i < call->count; i++) norm_row(call, (int64_t)i * call->columns);
 }

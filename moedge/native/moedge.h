@@ -58,6 +58,14 @@ typedef struct {
     uint8_t *workspace;
 } moedge_rows;
 
+/* Each row of x over its root mean square, rounded to the dtype of x, times offset + weight: out is of that dtype too. */
+typedef struct {
+    int32_t count, columns, code, weight_code; /* fp32 or bf16 */
+    float epsilon, offset;
+    const void *x, *weight;
+    void *out;
+} moedge_norm;
+
 const char *moedge_sources(void);        /* hash of the sources that this library was built from */
 int moedge_variants(void);               /* how many variants were compiled in, best last */
 const char *moedge_variant_name(int variant);
@@ -66,6 +74,7 @@ size_t moedge_workspace(const moedge_expert *expert, int tokens_count, int route
 void moedge_layer(int variant, const moedge_expert *expert, const moedge_call *call, int threads);
 size_t moedge_linear_workspace(const moedge_matrix *matrix, int count);
 void moedge_linear(int variant, const moedge_matrix *matrix, const uint8_t *extent, const moedge_rows *call, int threads);
+void moedge_rms_norm(const moedge_norm *call);
 /* Rows begin to end of a matrix as fp32, or rounded to bf16, into out [end - begin, columns]. */
 void moedge_dequantise(int variant, const moedge_matrix *matrix, const uint8_t *extent, int begin, int end, int bf16,
                        void *out);

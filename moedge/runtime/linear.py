@@ -18,6 +18,7 @@ from moedge.native.library import Library, Rows
 from moedge.native.threads import Speeds, best, calibrated
 from moedge.runtime.formats import Extent, Format, dequantise, layout
 from moedge.runtime.kernels import MANY, matrix_of
+from moedge.runtime.norm import put_fast_norms
 
 AT_ONCE = 1 << 20  # numbers that are made dense at once
 WEIGHT = "weight"
@@ -148,3 +149,8 @@ class CodedBackbone:
         tied = model.all_tied_weights_keys
         for key in [key for key in tied if key.rpartition(".")[0] in self._matrices]:
             del tied[key]
+
+    def put_norms(self, model: PreTrainedModel) -> None:
+        """Once the weights are loaded: as bit-equality is given up anyway, norms take the fast path too."""
+        if self._library is not None:
+            put_fast_norms(model, self._library)

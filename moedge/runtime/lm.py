@@ -154,6 +154,8 @@ def _assemble(blueprint: Blueprint, plan: Plan, tokenizer: PreTrainedTokenizerBa
 
     without = frozenset[str]() if coded is None else coded.tensors
     model = load_backbone(blueprint, take_out, None if modular else IMPLEMENTATION, without)
+    if coded is not None:
+        coded.put_norms(model)
     experts = blueprint.experts
     if isinstance(experts, PackedExperts) and not all(layer.plain for layer in experts.layers):
         from moedge.runtime.coded import coded_layers  # here: other models do without the kernels
