@@ -15,6 +15,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from moedge.errors import ModelError
+from moedge.runtime.growing import let_grow
 
 LOGITS_BYTES = 4 << 20  # one piece of `all_logits`, as float32; whoever reads it needs room for a few copies
 
@@ -114,6 +115,7 @@ def _row(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
 def _cache_of(model: PreTrainedModel, output: Any) -> Any:
     if output.past_key_values is None:
         raise ModelError(f"{type(model).__name__} returned no key/value cache: it cannot be run token by token")
+    let_grow(output.past_key_values)
     return output.past_key_values
 
 
