@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 LEAST = 256  # tokens that room is made for at first
 
 
-class GrowingLayer(DynamicLayer):
+class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """As DynamicLayer; keys and values [B, heads, T, D] are the beginning of larger tensors."""
 
     crop = DynamicLayer.crop
