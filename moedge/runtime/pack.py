@@ -239,7 +239,8 @@ class _ExtentWriter:
             return
         read_expert(plan.experts, self._reader, layer, expert, source)
         transposed = plan.blueprint.anatomy.layers[layer].kind.transposed
-        values, moments = plan.experts.views(layer, expert, source), plan.moments and plan.moments.of(layer, expert)
+        values = plan.experts.views(layer, expert, source)
+        moments = plan.moments.of(layer, expert) if plan.moments else None
         fill(self._extents[layer], values, transposed, target, where, moments)
 
     def _holds(self, view: memoryview, offset: int, expected: str) -> bool:

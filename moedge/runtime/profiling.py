@@ -4,6 +4,7 @@ The model runs from disk within the memory limit as it would anyway; its experts
 matrix's input is seen. Knows the model and tokens; what is made of the inputs is in calibrate.py.
 """
 
+import gc
 import hashlib
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from moedge.errors import CheckpointError, DataError, MemoryLimitError, ModelErr
 from moedge.models.anatomy import MoeLayer
 from moedge.models.load import Blueprint, load_tokenizer
 from moedge.runtime.calibrate import MOMENTS, Inputs, Moments
+from moedge.runtime.device import return_freed_memory
 from moedge.runtime.experts import ExpertSource, feed_forward
 from moedge.runtime.journal import Unfinished
 from moedge.runtime.lm import LM, load
@@ -88,6 +90,9 @@ class Profile:
             found.clear()
         with load(self._blueprint.folder, memory=memory, context=max(map(len, self.windows))) as lm:
             measure(lm, self.windows, found, report)
+        del lm
+        gc.collect()  # hooks and modules know each other; packing needs the memory
+        return_freed_memory()
         if earlier not in (None, found.checksum):
             raise CheckpointError(
                 f"{path} is damaged, and what is measured now differs from what some experts were packed with: "

@@ -142,7 +142,8 @@ def test_integers_are_kept(
         by_kernel = logits(lm)
     monkeypatch.setattr(native, "load", lambda: None)  # torch computes, from the same integers (-128 is one of them)
     with load(tmp_path / "out", dtype="fp32") as lm:
-        torch.testing.assert_close(by_kernel, logits(lm), rtol=1e-3, atol=1e-3)
+        tolerance = 1e-3 if bits == 8 else 0.1  # for 4 bits the C kernels round inputs to int8
+        torch.testing.assert_close(by_kernel, logits(lm), rtol=0, atol=tolerance)
 
 
 def test_a_wider_group_is_kept_in_narrower_ones(case: Callable[[str], Case], tmp_path: Path) -> None:

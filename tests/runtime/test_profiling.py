@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from moedge.errors import CheckpointError, DataError, MemoryLimitError, ModelError
 from moedge.models.load import Blueprint, draw
+from moedge.runtime import profiling
 from moedge.runtime.calibrate import Moments
 from moedge.runtime.journal import Unfinished
 from moedge.runtime.lm import LM
@@ -159,3 +161,23 @@ def test_a_limit_that_does_not_hold_them(tiny: Tiny, tmp_path: Path) -> None:
         with pytest.raises(MemoryLimitError, match=r"--calibrate measures .* KiB, --memory gives 1000 B: raise it"):
             Profile(blueprint, tmp_path / "a.txt").moments(1000, unfinished, lambda done, total: None)
         unfinished.close()
+
+
+def test_the_model_is_gone_afterwards(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packing has its memory then."""
+    loaded = []
+    real = profiling.load
+
+    def see(*args: Any, **settings: Any) -> LM:
+        lm = real(*args, **settings)
+        loaded.append(weakref.ref(lm.model))
+        return lm
+
+    monkeypatch.setattr(profiling, "load", see)
+    (tmp_path / "a.txt").write_text(TEXT)
+    with drawn(tiny("qwen3_moe", tokenizer=True)) as blueprint:
+        unfinished = Unfinished(tmp_path / "out", {})
+        moments = Profile(blueprint, tmp_path / "a.txt").moments(None, unfinished, lambda done, total: None)
+        unfinished.close()
+    assert moments.unseen < 32
+    assert [each() for each in loaded] == [None]
