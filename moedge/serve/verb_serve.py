@@ -125,5 +125,6 @@ def _announce(service: "Service", url: str, as_json: bool) -> None:
     limit = "no memory limit" if plan.limit is None else f"at most {format_size(plan.limit)}"
     share = f"{100 * plan.resident_share:.0f}% of the experts fit in memory"
     context = "the model's context" if plan.context is None else f"{plan.context} tokens"
-    console.print(f"{service.name} is ready: {limit}, {share}, {plan.parallel} answers at once of {context} each")
-    console.print(f"page {url}/, API {url}/v1, Ctrl-C ends", highlight=False)
+    ready = f"{service.name} is ready: {limit}, {share}, {plan.parallel} answers at once of {context} each"
+    console.print(ready, soft_wrap=True)  # one line in a log too
+    console.print(f"page {url}/, API {url}/v1, Ctrl-C ends", highlight=False, soft_wrap=True)
