@@ -18,6 +18,7 @@ from moedge.runtime.store import Glimpse
 
 WORTH = 0.92  # a rank of the guess is read while it is right this often
 MEMORY = 64  # how many guesses back that is judged, about
+UNKNOWN = 0.5  # what a rank begins with: it has to prove itself before anything is read for it
 
 
 class Prefetching(Protocol):
@@ -69,7 +70,7 @@ class _Target:
         self._router = modules[layer.router]
         self._norm: nn.Module | None = None
         self._last: list[tuple[int, int]] = []  # rank, expert
-        self._right = [1.0] * layer.top_k
+        self._right = [UNKNOWN] * layer.top_k
         self._find_norm(modules[layer.block], block)
 
     def _find_norm(self, moe: nn.Module, block: nn.Module) -> None:

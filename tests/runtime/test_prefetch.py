@@ -8,6 +8,7 @@ import torch
 
 import moedge
 from moedge.models.anatomy import dissect
+from moedge.runtime import prefetch
 from moedge.runtime.lm import LM
 from moedge.runtime.prefetch import Prefetcher
 from moedge.runtime.store import Glimpse
@@ -31,6 +32,22 @@ def model(tiny: Callable[..., Path]) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(tiny("qwen3_moe")).eval()
 
 
+@pytest.fixture
+def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rank counts as right until it proves wrong."""
+    monkeypatch.setattr(prefetch, "UNKNOWN", 1.0)
+
+
+def test_a_rank_has_to_prove_itself_first(model: torch.nn.Module) -> None:
+    store = Guesses(len(model.model.layers))
+    Prefetcher(model, dissect(model), store)
+    with torch.inference_mode():
+        for _ in range(3):
+            model(torch.tensor([[7]]))
+    assert store.told == []
+
+
+@pytest.mark.usefixtures("trusting")
 def test_without_attention_the_guess_is_what_the_router_chooses(model: torch.nn.Module) -> None:
     for layer in model.model.layers:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
@@ -80,6 +97,7 @@ def test_nothing_is_guessed(model: torch.nn.Module, how: str) -> None:
     assert store.told == []
 
 
+@pytest.mark.usefixtures("trusting")
 @pytest.mark.parametrize("name", ["qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3", "mixtral", "granitemoe", "jamba"])
 def test_answers_and_cache_are_those_without_guesses(
     tiny: Callable[..., Path], load_with: Callable[..., LM], name: str
