@@ -115,7 +115,10 @@ def coded_modules(model: PreTrainedModel, coded: Iterable[str]) -> dict[str, lis
 
 
 def matrices(model: PreTrainedModel, anatomy: Anatomy, tensors: Mapping[str, TensorInfo]) -> set[str]:
-    """Those of a checkpoint's tensors that are, as they are, the weight of a linear layer or an embedding."""
+    """Those of a checkpoint's tensors that are, as they are, the weight of a linear layer or an embedding.
+
+    Where an expert is a module of its own, the weights of its linear layers as well.
+    """
     routers = tuple(layer.router for layer in anatomy.layers)
     target_of, state = target_names(model), model.state_dict()
     found = set()
