@@ -69,6 +69,16 @@ class Norm(Structure):
     )
 
 
+class Rounding(Structure):
+    """moedge_rounding of moedge.h."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("rows", "columns", "code", "x_code", "group")),
+        *(("row_step", c_int64), ("column_step", c_int64)),
+        *((name, c_void_p) for name in ("x", "values", "scales", "factors", "zeros")),
+    )
+
+
 class Library:
     """The functions of one compiled library, with one variant. `variant` is its name."""
 
@@ -89,6 +99,10 @@ class Library:
 
     def linear(self, matrix: Matrix, extent: int, rows: Rows, threads: int) -> None:
         self._c.moedge_linear(self._variant, byref(matrix), extent, byref(rows), threads)
+
+    def quantise(self, rounding: Rounding) -> int:
+        """0; 1 where a number is not finite; 2 without memory."""
+        return int(self._c.moedge_quantise(byref(rounding)))
 
     def rms_norm(self, norm: Norm) -> None:
         self._c.moedge_rms_norm(byref(norm))
@@ -111,6 +125,7 @@ def _functions(path: Path) -> Any:
     c.moedge_linear_workspace.restype, c.moedge_linear_workspace.argtypes = ctypes.c_size_t, (POINTER(Matrix), c_int)
     c.moedge_linear.restype = None
     c.moedge_linear.argtypes = (c_int, POINTER(Matrix), c_void_p, POINTER(Rows), c_int)
+    c.moedge_quantise.restype, c.moedge_quantise.argtypes = c_int, (POINTER(Rounding),)
     c.moedge_rms_norm.restype, c.moedge_rms_norm.argtypes = None, (POINTER(Norm),)
     c.moedge_dequantise.restype = None
     c.moedge_dequantise.argtypes = (c_int, POINTER(Matrix), c_void_p, c_int, c_int, c_int, c_void_p)

@@ -66,6 +66,18 @@ typedef struct {
     void *out;
 } moedge_norm;
 
+/* Rows of numbers to int8 or int4 groups, as runtime/formats.py defines it: number c of row r is at r * row_step +
+   c * column_step. zeros is NULL for symmetric formats. */
+typedef struct {
+    int32_t rows, columns, code, x_code, group;
+    int64_t row_step, column_step;
+    const void *x;
+    void *values;
+    uint16_t *scales;
+    float *factors;
+    int8_t *zeros;
+} moedge_rounding;
+
 const char *moedge_sources(void);        /* hash of the sources that this library was built from */
 int moedge_variants(void);               /* how many variants were compiled in, best last */
 const char *moedge_variant_name(int variant);
@@ -74,6 +86,7 @@ size_t moedge_workspace(const moedge_expert *expert, int tokens_count, int route
 void moedge_layer(int variant, const moedge_expert *expert, const moedge_call *call, int threads);
 size_t moedge_linear_workspace(const moedge_matrix *matrix, int count);
 void moedge_linear(int variant, const moedge_matrix *matrix, const uint8_t *extent, const moedge_rows *call, int threads);
+int moedge_quantise(const moedge_rounding *call); /* 0; 1 where a number is not finite; 2 without memory */
 void moedge_rms_norm(const moedge_norm *call);
 /* Rows begin to end of a matrix as fp32, or rounded to bf16, into out [end - begin, columns]. */
 void moedge_dequantise(int variant, const moedge_matrix *matrix, const uint8_t *extent, int begin, int end, int bf16,

@@ -25,11 +25,13 @@ import torch
 from torch import Tensor
 
 from moedge.errors import CheckpointError
+from moedge.native import library as native
 
 ALIGNMENT = 64
 BLOCK = 32  # numbers that are unpacked together
 GROUPS = (32, 64, 128, 256)
 _TOP = 15  # the largest scale of a row is at most about 2^_TOP; fp16 ends at 2^16
+FLOATS = {torch.float32: native.F32, torch.bfloat16: native.BF16, torch.float16: native.F16}  # their codes in C
 _MXFP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice the value of each code
 
 Parts = dict[str, Tensor]  # "values", and for quantised matrices "scales", "factors" and perhaps "zeros"
@@ -149,6 +151,26 @@ def quantise(matrix: Tensor, format: Format, clip: Tensor | float = 1.0, name: s
         return {"values": matrix.contiguous()}
     if format.code == "mxfp4":
         raise ValueError("mxfp4 is only kept where a checkpoint has it (from_mxfp4): quantise to int4")
+    parts = _with_library(matrix, format) if isinstance(clip, float) and clip == 1 else None
+    return _with_torch(matrix, format, clip, name) if parts is None else parts
+
+
+def _with_library(matrix: Tensor, format: Format) -> Parts | None:
+    """As _with_torch does it, byte for byte; None without the C kernels, and where a number is not finite."""
+    library = native.load()
+    if library is None or matrix.device.type != "cpu":
+        return None
+    x = matrix if matrix.dtype in FLOATS else matrix.float()
+    shapes = part_shapes((x.shape[0], x.shape[1]), x.dtype, format)
+    parts = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+    code = native.INT8 if format.bits == 8 else native.INT4
+    call = native.Rounding(*x.shape, code, FLOATS[x.dtype], format.group, *x.stride(), x.data_ptr())
+    for name, part in parts.items():
+        setattr(call, name, part.data_ptr())
+    return None if library.quantise(call) else parts
+
+
+def _with_torch(matrix: Tensor, format: Format, clip: Tensor | float, name: str) -> Parts:
     rows, columns = matrix.shape
     w = torch.nn.functional.pad(matrix.float(), (0, -columns % format.group)).view(rows, -1, format.group)  # [O, G, n]
     if not torch.isfinite(w).all():
@@ -162,7 +184,7 @@ def quantise(matrix: Tensor, format: Format, clip: Tensor | float = 1.0, name: s
     if format.symmetric:
         # 8 bits: -127 to 127. 4 bits: the scale has the sign that puts the largest number on -8, as one side has 7.
         largest = torch.where(-low > high, low, high)
-        scales = _round_away(largest.abs() / 127 if format.bits == 8 else largest / -8)
+        scales = _round_away(largest.abs() / 127 if format.bits == 8 else largest / -8 + 0.0)  # no negative zero
         zeros = 0 if format.bits == 8 else 8
         bottom, top = (-127, 127) if format.bits == 8 else (0, 15)
     else:

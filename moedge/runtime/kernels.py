@@ -19,12 +19,11 @@ from torch.nn import functional
 
 from moedge.native import library as native
 from moedge.native.library import Call, Expert, Library, Matrix
-from moedge.runtime.formats import Extent, Parts, Stored, dequantise
+from moedge.runtime.formats import FLOATS, Extent, Parts, Stored, dequantise
 
 MANY = 96  # rows of one expert from which dequantising it and multiplying with torch is about as fast
 SCRATCH = 4 << 20  # bytes of weights dequantised at once
 _CODES = {"int8": native.INT8, "int4": native.INT4, "mxfp4": native.MXFP4}
-_PLAIN = {torch.float32: native.F32, torch.bfloat16: native.BF16, torch.float16: native.F16}
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -223,7 +222,7 @@ class LayerKernel:
 
 
 def _is_known(extent: Extent) -> bool:
-    return all(s.format.code in _CODES or s.dtype in _PLAIN for s in extent.tensors.values())
+    return all(s.format.code in _CODES or s.dtype in FLOATS for s in extent.tensors.values())
 
 
 def matrix_of(stored: Stored) -> Matrix:
@@ -237,8 +236,8 @@ def _matrix(stored: Stored, bias: Stored | None, rows: int, first: int = 0, step
     return Matrix(
         *offsets,
         -1 if bias is None else bias.planes["values"].offset,
-        _PLAIN[stored.dtype] if code is None else code,
-        0 if bias is None else _PLAIN[bias.dtype],
+        FLOATS[stored.dtype] if code is None else code,
+        0 if bias is None else FLOATS[bias.dtype],
         *(rows, stored.shape[1], stored.format.group, first, step),
     )
 

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moedge.errors import CheckpointError
+from moedge.native import library as native
+from moedge.runtime import formats
 from moedge.runtime.formats import (
     PLAIN,
     Format,
@@ -206,3 +208,41 @@ def test_integers_that_a_format_cannot_hold() -> None:
     assert from_integers(q, scales, middle + 1, 32, Format("int4", symmetric=False)) is not None
     with pytest.raises(CheckpointError, match="up has scales that are NaN or infinity"):
         from_integers(q, scales * float("inf"), middle, 32, Format("int4"), "up")
+
+
+@pytest.mark.skipif(native.load() is None, reason="the C kernels were not built here")
+@settings(max_examples=150, deadline=None)
+@given(
+    format=st.sampled_from([f for f in FORMATS if f.code in ("int8", "int4")]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    rows=st.integers(1, 20),
+    columns=st.integers(1, 300),
+    exponent=st.integers(-30, 10),
+    transposed=st.booleans(),
+    seed=st.integers(0, 1 << 30),
+)
+def test_the_library_rounds_to_the_same_bytes(
+    format: Format, dtype: torch.dtype, rows: int, columns: int, exponent: int, transposed: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(columns, rows, generator=generator).T if transposed else torch.randn(rows, columns)
+    spread = torch.exp2(torch.randint(-8, 8, (1, columns), generator=generator).float())
+    matrix = matrix * 10.0**exponent * spread
+    matrix[:, : columns // 3] *= torch.randint(0, 2, (rows, 1), generator=generator)  # groups of zeros
+    matrix = matrix.to(dtype)
+    if not torch.isfinite(matrix).all():
+        return
+    found, expected = formats._with_library(matrix, format), formats._with_torch(matrix, format, 1.0, "it")
+    assert found is not None
+    for name, part in expected.items():
+        assert torch.equal(found[name].view(torch.uint8), part.contiguous().view(torch.uint8)), name
+    assert found.keys() == expected.keys()
+
+
+@pytest.mark.skipif(native.load() is None, reason="the C kernels were not built here")
+def test_the_library_leaves_what_is_not_finite_to_the_error() -> None:
+    matrix = torch.ones(3, 40)
+    matrix[2, 39] = float("nan")
+    assert formats._with_library(matrix, Format("int8")) is None
+    with pytest.raises(CheckpointError, match="NaN"):
+        quantise(matrix, Format("int8"))
