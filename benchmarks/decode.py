@@ -124,7 +124,7 @@ def main(
         "ratio": statistics.median(ratios) if ratios else None,
         "ms_per_token": {row["part"]: row["ms per token"] for row in rows},
     }
-    publish(f"decode-{Path(folder).name}", rows, summary, save=flags["save"])
+    publish(f"decode-{Path(folder).name}-{threads}", rows, summary, save=flags["save"])
 
 
 if __name__ == "__main__":
