@@ -1,5 +1,5 @@
-/* Between jobs threads spin for as long as the next one of the same token may take to come, then sleep on a condition
-   variable: waking one takes longer than a small matrix. Within a job they spin, as its phases end together. After a fork the child has none of them and makes its own. */
+/* Threads sleep on a condition variable between jobs; within one they spin, as its phases end within microseconds of
+   each other. After a fork the child has none of them and makes its own. */
 
 #include "pool.h"
 
@@ -8,7 +8,7 @@
 #include <stdatomic.h>
 #include <unistd.h>
 
-enum { LARGEST = 64, PATIENCE = 4000 }; /* pauses, of about 40 ns, before a thread goes to sleep */
+enum { LARGEST = 64 };
 
 struct pool_barrier { atomic_int waiting, generation; };
 
@@ -17,7 +17,7 @@ static struct {
     pthread_cond_t wake;
     pid_t owner;
     int workers;              /* threads made so far */
-    atomic_ulong job_number;  /* grows under lock */
+    unsigned long job_number; /* under lock */
     int taking_part;          /* workers below this number join the job; under lock */
     void (*job)(void *, int, int, pool_barrier *);
     void *context;
@@ -48,11 +48,8 @@ static void *work(void *argument) {
     unsigned long seen = 0;
     pthread_mutex_lock(&pool.lock);
     for (;;) {
-        pthread_mutex_unlock(&pool.lock);
-        for (int spin = 0; spin < PATIENCE && atomic_load(&pool.job_number) == seen; spin++) relax(spin);
-        pthread_mutex_lock(&pool.lock);
-        while (atomic_load(&pool.job_number) == seen) pthread_cond_wait(&pool.wake, &pool.lock);
-        seen = atomic_load(&pool.job_number);
+        while (pool.job_number == seen) pthread_cond_wait(&pool.wake, &pool.lock);
+        seen = pool.job_number;
         int threads = pool.taking_part;
         if (me >= threads) continue;
         pthread_mutex_unlock(&pool.lock);
@@ -67,7 +64,7 @@ static int make_workers(int threads) {
     if (pool.owner != getpid()) {
         pool.owner = getpid();
         pool.workers = 1;
-        atomic_store(&pool.job_number, 0);
+        pool.job_number = 0;
         pthread_mutex_init(&pool.lock, NULL); /* may have been held while forking */
         pthread_cond_init(&pool.wake, NULL);
     }
@@ -96,7 +93,7 @@ void pool_run(int threads, void (*job)(void *, int, int, pool_barrier *), void *
     pool.context = context;
     pool.taking_part = threads;
     atomic_store(&pool.running, threads - 1);
-    atomic_fetch_add(&pool.job_number, 1);
+    pool.job_number++;
     pthread_cond_broadcast(&pool.wake);
     pthread_mutex_unlock(&pool.lock);
     job(context, 0, threads, &pool.barrier);
