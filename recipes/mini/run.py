@@ -34,7 +34,7 @@ DECAY_SHARES = SHARES | {
     "arithmetic": 0.28,
 }
 ROW, LONG_ROW, LONG_EVERY = 512, 2048, 6
-FOCUS = 0.06  # weight of the entropy of a row's experts: domains come to use different ones
+FOCUS = 0.0  # weight of the entropy of a row's experts; 0.06 at the end let experts die (docs/log.md)
 
 
 def curriculum(step: int, decay: float) -> tuple[Mapping[str, float], int]:
