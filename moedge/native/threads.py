@@ -26,9 +26,12 @@ def best(speeds: Speeds, nbytes: int) -> int:
     return min(sorted(speeds), key=lambda n: speeds[n][0] + nbytes / speeds[n][1])
 
 
-def calibrated(library: Library, most: int) -> Speeds:
-    """The speeds of 1 to `most` threads (1, 2, 4, ...), measured here once and then taken from the cache folder."""
-    if most < 2:
+def calibrated(library: Library | None, most: int) -> Speeds:
+    """The speeds of 1 to `most` threads (1, 2, 4, ...), measured here once and then taken from the cache folder.
+
+    Without a library, one thread.
+    """
+    if library is None or most < 2:
         return {1: (0.0, 1.0)}
     file = _cache_file()
     key = f"{source_hash()}-{library.variant}-{platform.machine()}-{os.cpu_count()}-{most}"

@@ -61,7 +61,7 @@ class CodedLayer:
 def coded_layers(model: Any, anatomy: Anatomy, experts: PackedExperts) -> list[CodedLayer | None]:
     """For each layer of a loaded model what computes its experts; None for those that are plain."""
     library = native.load()
-    speeds = {1: (0.0, 1.0)} if library is None else calibrated(library, torch.get_num_threads())
+    speeds = calibrated(library, torch.get_num_threads())
     found: list[CodedLayer | None] = []
     for layer, packed in zip(anatomy.layers, experts.layers, strict=True):
         if packed.plain:

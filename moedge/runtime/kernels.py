@@ -23,6 +23,7 @@ from moedge.runtime.formats import FLOATS, Extent, Parts, Stored, dequantise
 
 MANY = 96  # rows of one expert from which dequantising it and multiplying with torch is about as fast
 SCRATCH = 4 << 20  # bytes of weights dequantised at once
+_WORKSPACE = threading.local()
 _CODES = {"int8": native.INT8, "int4": native.INT4, "mxfp4": native.MXFP4}
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -122,7 +123,6 @@ class LayerKernel:
         self._hidden = extent.tensors["down_proj"].shape[0]
         self._library = library if _is_known(extent) else None
         self._expert = _describe(extent, recipe) if self._library else None
-        self._memory = threading.local()
 
     def mix(self, hidden: Tensor, extents: Sequence[Tensor], routing: Routing) -> Tensor:
         """Weighted outputs of the experts added up, [T, H] of any dtype -> [T, H] in fp32.
@@ -172,7 +172,7 @@ class LayerKernel:
         assert len(routing.starts) == len(extents) + 1
         assert all(memory.numel() >= self._extent.nbytes for memory in extents), "an extent is too short"
         routed = len(routing.tokens)
-        workspace = self._workspace(self._library.workspace(self._expert, len(x), routed))
+        workspace = workspace_of(self._library.workspace(self._expert, len(x), routed))
         call = Call(
             *(len(extents), len(x)),
             (c_void_p * len(extents))(*[memory.data_ptr() for memory in extents]),
@@ -183,13 +183,6 @@ class LayerKernel:
             workspace.data_ptr(),
         )
         self._library.layer(self._expert, call, self._threads)
-
-    def _workspace(self, nbytes: int) -> Tensor:
-        """Memory of this thread that lasts from call to call."""
-        memory: Tensor | None = getattr(self._memory, "bytes", None)
-        if memory is None or len(memory) < nbytes:
-            memory = self._memory.bytes = torch.empty(nbytes, dtype=torch.uint8)
-        return memory
 
     def _with_torch(self, x: Tensor, memory: Tensor) -> Tensor:
         """One expert on its rows, [N, H] -> [N, H], as experts.feed_forward does it."""
@@ -223,6 +216,14 @@ class LayerKernel:
 
 def _is_known(extent: Extent) -> bool:
     return all(s.format.code in _CODES or s.dtype in FLOATS for s in extent.tensors.values())
+
+
+def workspace_of(nbytes: int) -> Tensor:
+    """Memory of this thread that lasts from call to call, whatever it calls."""
+    memory: Tensor | None = getattr(_WORKSPACE, "bytes", None)
+    if memory is None or len(memory) < nbytes:
+        memory = _WORKSPACE.bytes = torch.empty(nbytes, dtype=torch.uint8)
+    return memory
 
 
 def matrix_of(stored: Stored) -> Matrix:

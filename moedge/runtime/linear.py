@@ -4,8 +4,6 @@ Few inputs are multiplied by the C kernels where the matrix lies; many, and ever
 that were made dense. Knows modules, and a pack that reads tensors by name; no experts.
 """
 
-import threading
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -17,13 +15,12 @@ from moedge.native import library as native
 from moedge.native.library import Library, Rows
 from moedge.native.threads import Speeds, best, calibrated
 from moedge.runtime.formats import Extent, Format, dequantise, layout
-from moedge.runtime.kernels import MANY, matrix_of
+from moedge.runtime.kernels import MANY, matrix_of, workspace_of
 from moedge.runtime.norm import put_fast_norms
 
 AT_ONCE = 1 << 20  # numbers that are made dense at once
 WEIGHT = "weight"
 _CODES = {torch.float32: native.F32, torch.bfloat16: native.BF16}
-_WORKSPACE = threading.local()
 
 
 class CodedMatrix:
@@ -45,19 +42,11 @@ class CodedMatrix:
     def times(self, x: Tensor, library: Library, threads: int) -> Tensor:
         """x [N, I], contiguous, fp32 or bf16 -> [N, O] of x's dtype."""
         out = x.new_empty(len(x), self.shape[0])
-        workspace = _workspace(library.linear_workspace(self._matrix, len(x)))
+        workspace = workspace_of(library.linear_workspace(self._matrix, len(x)))
         code = _CODES[x.dtype]
         call = Rows(len(x), code, code, x.data_ptr(), out.data_ptr(), workspace.data_ptr())
         library.linear(self._matrix, self.memory.data_ptr(), call, threads)
         return out
-
-
-def _workspace(nbytes: int) -> Tensor:
-    """Memory of this thread that lasts from call to call."""
-    memory: Tensor | None = getattr(_WORKSPACE, "bytes", None)
-    if memory is None or len(memory) < nbytes:
-        memory = _WORKSPACE.bytes = torch.empty(nbytes, dtype=torch.uint8)
-    return memory
 
 
 class _Coded(nn.Module):
@@ -123,8 +112,7 @@ class CodedBackbone:
 
     def __init__(self, model: PreTrainedModel, checkpoint: PackedCheckpoint, dtype: torch.dtype) -> None:
         self._library = native.load()
-        most = torch.get_num_threads()
-        self._speeds = {1: (0.0, 1.0)} if self._library is None else calibrated(self._library, most)
+        self._speeds = calibrated(self._library, torch.get_num_threads())
         self._matrices: dict[str, CodedMatrix] = {}  # module path -> its matrix
         modules = coded_modules(model, checkpoint.manifest.coded)
         for name, paths in modules.items():
