@@ -19,8 +19,8 @@ env: .venv/.stamp ## make .venv with moedge and its test tools
 demo: env        ## three prompts on the mini model with room for half of its experts
 	$(BIN)/python examples/demo.py
 
-test: env        ## every test
-	$(BIN)/python -m pytest
+test: env        ## every test, on two cores
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-kernels: env ## the C kernels under sanitizers, for a minute
 	MOEDGE_CHECK_SECONDS=30 $(BIN)/python -m pytest tests/native

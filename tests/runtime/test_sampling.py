@@ -64,7 +64,8 @@ def test_without_a_seed_answers_differ() -> None:
 
 
 @given(
-    logits=st.lists(st.floats(-20, 20, width=32), min_size=3, max_size=12),
+    # far enough apart that no rounding makes two equal: which of equal ones a filter drops is not defined
+    logits=st.lists(st.integers(-160, 160).map(lambda n: n / 8), min_size=3, max_size=12, unique=True),
     temperature=st.floats(0.2, 5),
     top_k=st.integers(0, 12),
     top_p=st.floats(0.05, 1),
