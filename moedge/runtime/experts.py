@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from moedge.runtime.coded import CodedLayer
 
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+Rows = tuple[Tensor, Tensor]  # token and position in its top-k, [N] each
+Observer = Callable[[int, Tensor, Rows | None], None]  # expert, its output [N, H]; rows None: as `choices` has them
 IMPLEMENTATION = "moedge"  # the name in transformers' registry of experts implementations
 
 
@@ -38,6 +40,7 @@ class ExpertSource:
     def __init__(self, layer: MoeLayer) -> None:
         self.store: ExpertStore | None = None
         self.coded: CodedLayer | None = None  # where the experts are not plain
+        self.observer: Observer | None = None  # sees what each expert gives, before the router's weight
         self._layer, self._num_experts, self._shapes = layer.index, layer.num_experts, layer.parameters
         self._sum_dtypes: dict[tuple[torch.dtype, torch.dtype], torch.dtype] = {}
 
@@ -89,12 +92,15 @@ def _rows(index: Tensor, expert: int) -> tuple[Tensor, Tensor]:
 
 def _mix(module: Any, source: ExpertSource, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     # [T, H], [T, k], [T, k] -> [T, H]
-    if source.coded is not None and source.coded.kernel is not None:
+    if source.coded is not None and source.coded.kernel is not None and source.observer is None:
         return source.mix(source.coded, hidden, index, weights)
     done: dict[int, tuple[Tensor, Tensor]] = {}  # expert -> tokens [N], weighted outputs [N, H]
     for expert, parameters in source.fetch(index, weights):
         position, token = _rows(index, expert)
-        done[expert] = token, _weighted(module, parameters, hidden[token], weights[token, position, None])
+        value = feed_forward(module, parameters, hidden[token])
+        if source.observer is not None:
+            source.observer(expert, value, (token, position))
+        done[expert] = token, value * weights[token, position, None]
     out = torch.zeros_like(hidden, dtype=source.sum_dtype(module, hidden, weights))
     for expert in sorted(done):
         token, value = done[expert]
@@ -125,10 +131,6 @@ class _SeeSum(TorchFunctionMode):
         if func is Tensor.index_add_:
             self.dtype = args[0].dtype
         return func(*args, **(kwargs or {}))
-
-
-def _weighted(module: Any, parameters: Parameters, x: Tensor, weight: Tensor) -> Tensor:
-    return feed_forward(module, parameters, x) * weight  # [N, H] * [N, 1]
 
 
 def feed_forward(module: Any, parameters: Parameters, x: Tensor) -> Tensor:
@@ -165,7 +167,7 @@ class _Reread(torch.autograd.Function):
             with torch.enable_grad():
                 x = hidden[token].detach().requires_grad_()
                 w = weights[token, position, None].detach().requires_grad_()
-                y = _weighted(ctx.module, parameters, x, w)
+                y = feed_forward(ctx.module, parameters, x) * w  # [N, H] * [N, 1]
                 grad_x, grad_w = torch.autograd.grad(y, (x, w), grad_out[token].to(y.dtype))
             grad_weights[token, position] = grad_w[:, 0]
             done[expert] = token, grad_x
@@ -194,6 +196,8 @@ class LazyExpert(nn.Module):
     def run(self, x: Tensor) -> Tensor:
         for _, parameters in self._source.fetch(self._expert, None):
             result: Tensor = torch.func.functional_call(self._skeleton, parameters, (x,))  # type: ignore[arg-type]
+        if self._source.observer is not None:
+            self._source.observer(int(self._expert), result, None)
         return result
 
 
@@ -237,6 +241,13 @@ def take_out_experts(model: nn.Module, anatomy: Anatomy) -> list[ExpertSource]:
 def _mark_initialised(module: nn.Module) -> None:
     """Keep transformers from initialising the weights that are not there."""
     module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def source_of(experts: nn.Module) -> ExpertSource:
+    """The source that take_out_experts gave to the experts module of a layer."""
+    holder: Any = next(iter(expert_modules(experts).values()), None)
+    source: ExpertSource = experts._moedge_source if holder is None else holder._source  # type: ignore[assignment]
+    return source
 
 
 def connect(sources: Sequence[ExpertSource], store: ExpertStore | None) -> None:

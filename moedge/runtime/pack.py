@@ -116,7 +116,7 @@ class _Plan:
         self.small = _small_files(blueprint.folder)
         none, formats = "0" * 8, self.source.formats
         self.manifest = Manifest(
-            source=_source(blueprint),
+            source=source_of(blueprint),
             layers=tuple(describe(layer, self.experts, formats[layer.index]) for layer in blueprint.anatomy.layers),
             backbone={name: (none, shift) for name, shift in self.backbone.shifts.items()},
             backbone_header=none,
@@ -139,7 +139,8 @@ class _Plan:
         return found | (self.profile.identity if self.profile else {})
 
 
-def _source(blueprint: Blueprint) -> dict[str, str]:
+def source_of(blueprint: Blueprint) -> dict[str, str]:
+    """Tells this model from others: hashes of its config, and of its tensors' names, types and shapes."""
     infos = sorted(blueprint.checkpoint.stored.values(), key=lambda info: info.name)
     shapes = json.dumps([(info.name, str(info.dtype), info.shape) for info in infos])
     config = (blueprint.folder / "config.json").read_bytes()

@@ -164,6 +164,17 @@ class Session:
         return logits
 
 
+def decoder_start(model: PreTrainedModel) -> int:
+    """The token with which the decoder of an encoder-decoder begins. Raises ModelError where the model names none."""
+    generation = model.generation_config
+    start = getattr(generation, "decoder_start_token_id", None)
+    if start is None:
+        start = getattr(generation, "bos_token_id", None)
+    if start is None:
+        raise ModelError("the model names no decoder_start_token_id: add it to its generation_config.json")
+    return int(start)
+
+
 class EncodedSession:
     """The decoder's cache of an encoder-decoder: the prompt is encoded once, the answer grows from the start token."""
 
@@ -175,14 +186,9 @@ class EncodedSession:
 
     def begin(self, ids: Sequence[int]) -> Tensor:
         """Encode the prompt `ids` and decode the start token; its logits [V]."""
-        generation = self.lm.model.generation_config
-        start = getattr(generation, "decoder_start_token_id", None)
-        if start is None:
-            start = getattr(generation, "bos_token_id", None)
-        if start is None:
-            raise ModelError("the model names no decoder_start_token_id: add it to its generation_config.json")
+        start = decoder_start(self.lm.model)
         self._encode(ids)
-        return self.push(int(start))
+        return self.push(start)
 
     @torch.inference_mode()
     def _encode(self, ids: Sequence[int]) -> None:

@@ -1,0 +1,211 @@
+"""The profile pass: a model reads a task's samples, and what its experts do on them is added up.
+
+The model stays offloaded: it runs within the memory limit that it was loaded with, each pass over at most its prefill
+chunk's tokens of several samples at once, so that each expert is read from the disk at most once a pass. Knows the
+running model and token ids; what is made of the sums is in importance.py. Letters: B samples, T tokens of the longest,
+N tokens of a pass, E experts, k experts a token, H hidden size.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moedge.compress.importance import Statistics
+from moedge.errors import DataError, ModelError
+from moedge.models.anatomy import MoeLayer
+from moedge.models.routing import choices
+from moedge.models.trace import NONE
+from moedge.runtime.experts import ExpertSource, source_of
+from moedge.runtime.lm import LM
+from moedge.runtime.session import check_ids, decoder_start
+
+Passes = list[list["Counted"]]
+
+
+class Counted(Protocol):
+    """A sample as token ids, `mask` saying of which the experts are counted; both [T]."""
+
+    @property
+    def ids(self) -> Sequence[int]: ...
+    @property
+    def mask(self) -> NDArray[np.bool_]: ...
+
+
+def passes(samples: Sequence[Counted], most: int, alone: bool) -> Passes:
+    """The samples in groups of like length that fill at most `most` tokens; with `alone` one by one."""
+    found: Passes = []
+    for sample in sorted(samples, key=lambda sample: len(sample.ids)):
+        if alone or not found or len(sample.ids) * (len(found[-1]) + 1) > most:
+            found.append([])
+        found[-1].append(sample)
+    return found
+
+
+def profile(lm: LM, groups: Passes, done: int = 0) -> Iterator[Statistics]:
+    """Run the model over `groups[done:]`; the statistics of each group by itself."""
+    for group in groups[done:]:
+        yield _one_pass(lm, group)
+
+
+def first_layer(lm: LM, groups: Passes) -> Iterator[Statistics]:
+    """As `profile`, but no further than the first layer's router, whose `mass` and `counts` are filled."""
+    for group in groups:
+        watch = _Watch(_empty(lm))
+        with suppress(_Reached), watch.over(lm.model, lm.anatomy.layers[:1], stop=True):
+            _read(lm, group, watch)
+        yield watch.seen
+
+
+def _one_pass(lm: LM, group: Sequence[Counted]) -> Statistics:
+    watch = _Watch(_empty(lm))
+    with watch.over(lm.model, lm.anatomy.layers):
+        _read(lm, group, watch)
+    return watch.seen
+
+
+def _empty(lm: LM) -> Statistics:
+    layers = lm.anatomy.layers
+    return Statistics.empty(len(layers), max(layer.num_experts for layer in layers))
+
+
+@torch.inference_mode()
+def _read(lm: LM, group: Sequence[Counted], watch: "_Watch") -> None:
+    """One forward pass over the samples of a group."""
+    model: Any = lm.model
+    for sample in group:
+        check_ids(lm, sample.ids)
+    if lm.anatomy.encoder_decoder:
+        (sample,) = group
+        _encode_decode(model, sample, watch)
+        return
+    longest = max(len(sample.ids) for sample in group)
+    rows = [[*sample.ids, *[sample.ids[-1]] * (longest - len(sample.ids))] for sample in group]  # causal: unseen
+    counted = np.zeros((len(group), longest), bool)
+    for row, sample in enumerate(group):
+        counted[row, : len(sample.ids)] = sample.mask
+    watch.counted = torch.from_numpy(counted).reshape(-1)
+    model.base_model(input_ids=torch.tensor(rows), use_cache=False, return_dict=True)  # [B, T]
+
+
+def _encode_decode(model: Any, sample: Counted, watch: "_Watch") -> None:
+    """What is counted is decoded, what stands before it encoded; of a text that counts from its start, half each."""
+    first = int(np.argmax(sample.mask)) or len(sample.ids) // 2
+    if not 0 < first < len(sample.ids):
+        raise DataError("an encoder-decoder needs something to encode and something to decode: give longer samples")
+    encoded = torch.tensor([list(sample.ids[:first])])
+    decoded = torch.tensor([[decoder_start(model), *sample.ids[first:-1]]])
+    watch.counted = torch.ones(encoded.shape[1], dtype=torch.bool)
+    hidden = model.get_encoder()(input_ids=encoded, return_dict=True).last_hidden_state
+    watch.counted = torch.ones(decoded.shape[1], dtype=torch.bool)
+    model.get_decoder()(input_ids=decoded, encoder_hidden_states=hidden, use_cache=False, return_dict=True)
+
+
+class _Reached(Exception):  # noqa: N818 - no error: it ends a forward pass that need not go on
+    pass
+
+
+class _Watch:
+    """Adds up what passes by in one pass. `counted` [N] says which tokens count."""
+
+    def __init__(self, seen: Statistics) -> None:
+        self.seen = seen
+        self.counted = torch.empty(0, dtype=torch.bool)
+        self._chosen: tuple[Tensor, Tensor] | None = None  # of the layer that runs: experts and weights, [N, k]
+        self._stop = False
+        self._even = torch.empty(0)  # the weights made to sum to 1, [N, k]
+
+    @contextmanager
+    def over(self, model: Any, layers: Sequence[MoeLayer], stop: bool = False) -> Iterator[None]:
+        """Watch `layers`; with `stop` raise _Reached when the experts of one of them are about to run."""
+        self._stop = stop
+        hooks: list[Any] = []
+        sources: list[ExpertSource] = []
+        for layer in layers:
+            experts: Any = model.get_submodule(layer.experts)
+            sources.append(source_of(experts))
+            sources[-1].observer = partial(self._expert, layer.index)
+            hooks.append(experts.register_forward_pre_hook(partial(self._choices, layer), with_kwargs=True))
+            hooks.append(model.get_submodule(layer.router).register_forward_hook(partial(self._router, layer)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for source in sources:
+                source.observer = None
+
+    def _router(self, layer: MoeLayer, module: Any, args: Any, output: Any) -> None:
+        logits = _logits(output, layer)
+        if logits is None:
+            raise ModelError(
+                f"{layer.router} ({type(module).__name__}) gives no logits of its {layer.num_experts} experts: "
+                "such a router cannot be profiled"
+            )
+        logits = logits.reshape(-1, layer.num_experts).float()[self.counted]  # [n, E]
+        at, count = layer.index, layer.num_experts
+        self.seen.tokens[at] += len(logits)
+        self.seen.mass[at, :count] += logits.softmax(-1).double().sum(0).numpy()
+        top, experts = logits.topk(layer.top_k)  # [n, k]
+        confident = top.softmax(-1) >= 1 / layer.top_k - 1e-6
+        above = (top - logits.min(-1, keepdim=True).values) * confident
+        self._add(self.seen.utility, at, experts, above)
+
+    def _choices(self, layer: MoeLayer, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _, index, weights = *args, *kwargs.values()
+        experts, weights = choices(layer, index, weights)
+        if len(experts) != len(self.counted):
+            raise ModelError(f"{layer.experts} got {len(experts)} tokens of {len(self.counted)}: it cannot be profiled")
+        self._chosen = experts, weights
+        self._even = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
+        counts = (experts != NONE) & self.counted[:, None]
+        self._add(self.seen.counts, layer.index, experts[counts], torch.ones(int(counts.sum())))
+        self._add(self.seen.gate, layer.index, experts[counts], weights[counts])
+        if self._stop:
+            raise _Reached
+
+    def _expert(self, layer: int, expert: int, output: Tensor, rows: tuple[Tensor, Tensor] | None) -> None:
+        assert self._chosen is not None
+        experts, weights = self._chosen
+        token, position = torch.where(experts == expert) if rows is None else rows  # [n], [n]
+        if len(token) != len(output):
+            raise ModelError(
+                f"expert {expert} of layer {layer} ran on {len(output)} tokens, its router chose it for {len(token)}: "
+                "this model's routing cannot be profiled"
+            )
+        kept = self.counted[token]
+        token, position, output = token[kept], position[kept], output[kept].float()
+        if not len(token):
+            return
+        norm = output.norm(dim=-1).double()  # [n]
+        scaled = weights[token, position].double() * norm
+        seen = self.seen
+        seen.norm[layer, expert] += float(norm.sum())
+        seen.gate_norm[layer, expert] += float(scaled.sum())
+        seen.even_gate_norm[layer, expert] += float((self._even[token, position].double() * norm).sum())
+        seen.energy[layer, expert] += float(scaled.square().sum())
+        seen.largest[layer, expert] = max(seen.largest[layer, expert], float(output.abs().max()))
+
+    @staticmethod
+    def _add(sums: Any, layer: int, experts: Tensor, values: Tensor) -> None:
+        more = torch.zeros(sums.shape[1], dtype=torch.float64)
+        more.index_add_(0, experts.reshape(-1), values.reshape(-1).double())
+        sums[layer] += more.numpy()
+
+
+def _logits(output: Any, layer: MoeLayer) -> Tensor | None:
+    """Among what a router returns, its logits: a column per expert; sparse weights of the same shape are never below 0.
+
+    Where it returns probabilities instead, their logarithm is as good: softmax gives them back.
+    """
+    tensors = output if isinstance(output, (tuple, list)) else (output,)
+    wide = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point() and t.shape[-1] == layer.num_experts]
+    signed = next((t for t in wide if bool((t < 0).any())), None)
+    if signed is not None or not wide:
+        return signed
+    return wide[0].clamp_min(1e-30).log() if bool((wide[0] <= 1).all()) else wide[0]
