@@ -66,10 +66,9 @@ def by_hand(folder: Path, some: list[Sample]) -> Statistics:
         calls: list[Any] = []
         module = stock.get_submodule(layer.experts)
         hooks = [
-            module.register_forward_pre_hook(lambda m, args, kwargs, calls=calls: calls.append([*args, *kwargs.values()]),
-                                             with_kwargs=True),
-            stock.get_submodule(layer.router).register_forward_hook(lambda m, a, out, calls=calls: calls.append(out)),
-        ]  # fmt: skip
+            module.register_forward_pre_hook(lambda m, a, kw, c=calls: c.append([*a, *kw.values()]), with_kwargs=True),
+            stock.get_submodule(layer.router).register_forward_hook(lambda m, a, out, c=calls: c.append(out)),
+        ]
         for sample in some:
             calls.clear()
             stock(torch.tensor([sample.ids]), use_cache=False)
