@@ -5,6 +5,7 @@ A checkpoint is a folder, a hub cache folder, or a hub id. Headers are parsed an
 does not know what an expert is (see expert_map.py) nor when to read (see runtime/store.py).
 """
 
+import copy
 import json
 import math
 import os
@@ -112,13 +113,21 @@ class LazyTensor:
 
     def __init__(self, checkpoint: "Checkpoint", info: TensorInfo) -> None:
         self._checkpoint, self._info = checkpoint, info
-        self.shape, self.dtype = torch.Size(info.shape), info.dtype
+        self.shape, self.dtype = torch.Size(checkpoint.shape(info.name)), info.dtype
 
     def get_shape(self) -> list[int]:
-        return list(self._info.shape)
+        return list(self.shape)
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        return self._checkpoint.read(self._info.name)[index]
+        return self._checkpoint.read_rows(self._info.name)[index]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is kept of a tensor: the entries `ids` of one of its axes."""
+
+    axis: int
+    ids: tuple[int, ...]
 
 
 class Checkpoint:
@@ -132,6 +141,7 @@ class Checkpoint:
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
         self.stored = self.tensors  # as the files have them
+        self.rows: Mapping[str, Rows] = {}  # of tensors that a state dict has a part of only
         self._shards: dict[Path, ShardFile] = {}
         try:
             self._open()
@@ -184,6 +194,27 @@ class Checkpoint:
         """The whole tensor `name`, in the checkpoint's dtype, in memory of its own."""
         info = self.tensors[name]
         return self._shards[info.file].pread(info.offset, info.nbytes, name).view(info.dtype).view(info.shape)
+
+    def narrowed(self, rows: Mapping[str, Rows]) -> "Checkpoint":
+        """The same checkpoint with only these rows of some tensors in its state dict; closing one closes both."""
+        other = copy.copy(self)
+        other.rows = rows
+        return other
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the tensor in the state dict."""
+        shape, rows = self.tensors[name].shape, self.rows.get(name)
+        return shape if rows is None else (*shape[: rows.axis], len(rows.ids), *shape[rows.axis + 1 :])
+
+    def read_rows(self, name: str) -> torch.Tensor:
+        """The tensor as the state dict has it; a part has the address modulo 64 that the whole would have."""
+        whole, rows = self.read(name), self.rows.get(name)
+        if rows is None:
+            return whole
+        shape, shift = self.shape(name), whole.data_ptr() % ALIGNMENT
+        memory = torch.empty(shift + math.prod(shape) * whole.element_size(), dtype=torch.uint8)[shift:]
+        part = memory.view(whole.dtype).view(shape)
+        return torch.index_select(whole, rows.axis, torch.tensor(rows.ids), out=part)
 
     def lazy_state_dict(self, without: set[str] | frozenset[str] = frozenset()) -> dict[str, LazyTensor]:
         """A state dict for `from_pretrained` that reads each tensor only when it is used."""

@@ -6,6 +6,7 @@ Puts the parts together: blueprint, plan, backbone, expert store. What each part
 import os
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from moedge.models.pack import PackedCheckpoint, PackedExperts
 from moedge.runtime.budget import Plan, make_plan
 from moedge.runtime.device import return_freed_memory
 from moedge.runtime.experts import IMPLEMENTATION, ExpertSource, connect, register, take_out_experts
+from moedge.runtime.fitted import Experts, fit, make_caches
 from moedge.runtime.forward import vocabulary
 from moedge.runtime.generate import Prompt, Step, generate
 from moedge.runtime.policy import POLICIES, LayerCache
@@ -92,40 +94,57 @@ class LM:
         self.close()
 
 
+@dataclass(frozen=True)
+class Serving:
+    """What `moedge.load` takes besides: where it computes, sequences at once, and tokens of a prompt read at once."""
+
+    device: str = "cpu"
+    parallel: int = 1
+    prefill_chunk: int = 512
+
+    def __post_init__(self) -> None:
+        if self.device != "cpu":
+            raise ModelError(f"device {self.device!r} is not one that moedge computes on yet: use 'cpu'")
+        if self.prefill_chunk < 1:
+            raise ContextError(f"prefill_chunk {self.prefill_chunk} must be at least 1 token")
+
+
 def load(
     model: str | os.PathLike[str],
     memory: str | int | None = None,
     dtype: str | torch.dtype | None = None,
-    device: str = "cpu",
     policy: str = "default",
     context: int | None = None,
-    parallel: int = 1,
-    prefill_chunk: int = 512,
+    experts: Experts | None = None,
+    fallback: bool = False,
+    **settings: Any,
 ) -> LM:
     """Load an MoE checkpoint (folder, hub cache folder or hub id) with its experts left on disk.
 
     memory: limit for the whole process, `"600MiB"` or bytes; None limits nothing.
     dtype: "fp32", "bf16", "fp16" or None for the checkpoint's own. policy: a key of `moedge.POLICIES`.
     context: tokens reserved for each of `parallel` sequences; with a limit at most 2048 by default.
+    experts: a fit's folder, or the ids to keep of each MoE layer: the model has only these. With `fallback` it has all,
+    and these stay in memory, the most important first, as far as the limit allows.
+    settings: `device="cpu"`, `parallel=1`, `prefill_chunk=512`, see runtime/lm.py.
 
-    Raises ModelError, CheckpointError, MemoryLimitError, ContextError; each names the thing, its value and the remedy.
+    Raises ModelError, CheckpointError, MemoryLimitError, ContextError, DataError (for a fit); each names the thing, its
+    value and the remedy.
     """
-    if device != "cpu":
-        raise ModelError(f"device {device!r} is not one that moedge computes on yet: use 'cpu'")
+    serving = Serving(**settings)
     if policy not in POLICIES:
         raise ModelError(f"policy {policy!r} does not exist: choose {', '.join(POLICIES)}")
-    if prefill_chunk < 1:
-        raise ContextError(f"prefill_chunk {prefill_chunk} must be at least 1 token")
-    blueprint = draw(resolve(model), dtype)
+    whole = draw(resolve(model), dtype)
     try:
+        blueprint, pins = fit(whole, experts, fallback)
         tokenizer = load_tokenizer(blueprint.folder)
         limit = None if memory is None else _limit(memory)
-        plan = make_plan(blueprint, limit, context, parallel, prefill_chunk)
+        plan = make_plan(blueprint, limit, context, serving.parallel, serving.prefill_chunk)
         if limit is not None:
             return_freed_memory()
-        return _assemble(blueprint, plan, tokenizer, policy)
+        return _assemble(blueprint, plan, tokenizer, make_caches(plan.num_experts, plan.capacities, policy, pins))
     except BaseException:
-        blueprint.checkpoint.close()
+        whole.checkpoint.close()
         raise
 
 
@@ -136,7 +155,9 @@ def _limit(memory: str | int) -> int:
         raise MemoryLimitError(str(error)) from error
 
 
-def _assemble(blueprint: Blueprint, plan: Plan, tokenizer: PreTrainedTokenizerBase | None, policy: str) -> LM:
+def _assemble(
+    blueprint: Blueprint, plan: Plan, tokenizer: PreTrainedTokenizerBase | None, caches: Sequence[LayerCache]
+) -> LM:
     register()
     sources: list[ExpertSource] = []
     modular = any(layer.kind.modular for layer in blueprint.anatomy.layers)
@@ -162,10 +183,6 @@ def _assemble(blueprint: Blueprint, plan: Plan, tokenizer: PreTrainedTokenizerBa
 
         for source, layer in zip(sources, coded_layers(model, blueprint.anatomy, experts), strict=True):
             source.coded = layer
-    caches = [
-        LayerCache(count, capacity, POLICIES[policy](count, capacity))
-        for count, capacity in zip(plan.num_experts, plan.capacities, strict=True)
-    ]
     store = DiskStore(experts, DirectReader(blueprint.checkpoint), caches, plan.spare)
     return LM(model, tokenizer, store, plan, blueprint, sources)
 

@@ -21,8 +21,10 @@ _OPTIONS = (
     click.option("--dtype", help="fp32, bf16 or fp16; by default the checkpoint's own."),
     click.option("--policy", type=click.Choice(list(POLICIES)), default="default", help="What the cache keeps."),
     click.option("--prefill-chunk", type=click.IntRange(1), default=512, show_default=True, help="Read at once."),
+    click.option("--experts", metavar="FIT", help="Only the experts that `moedge fit` kept, in the folder FIT."),
+    click.option("--fallback", is_flag=True, help="With --experts: all experts, those of FIT stay in memory."),
 )  # fmt: skip
-NAMES = ("memory", "context", "parallel", "dtype", "policy", "prefill_chunk")
+NAMES = ("memory", "context", "parallel", "dtype", "policy", "prefill_chunk", "experts", "fallback")
 
 
 def load_options(command: F) -> F:

@@ -171,10 +171,15 @@ class Lfru:
 
 
 class Pinned:
-    """A given set stays, the rest is LRU. Without a set, the half of the capacity used most so far stays."""
+    """A given set stays, the rest follows another policy, LRU unless given.
 
-    def __init__(self, num_experts: int, capacity: int, pinned: Iterable[int] | None = None) -> None:
-        self._recency = Lru(num_experts, capacity)
+    Without a set, the half of the capacity used most so far stays.
+    """
+
+    def __init__(
+        self, num_experts: int, capacity: int, pinned: Iterable[int] | None = None, rest: Policy | None = None
+    ) -> None:
+        self._rest = Lru(num_experts, capacity) if rest is None else rest
         self._frequency = Lfu(num_experts, capacity)
         self._pinned = None if pinned is None else frozenset(pinned)
         self._learned = capacity // 2
@@ -182,7 +187,7 @@ class Pinned:
             raise ValueError(f"{len(self._pinned)} experts are pinned, the layer's cache holds {capacity}: pin fewer")
 
     def used(self, experts: Sequence[int], weights: Sequence[float] | None) -> None:
-        self._recency.used(experts, weights)
+        self._rest.used(experts, weights)
         if self._pinned is None:
             self._frequency.used(experts, weights)
 
@@ -191,7 +196,7 @@ class Pinned:
             loose = set(self._frequency.evict(resident, len(resident) - self._learned))
         else:
             loose = set(resident) - self._pinned
-        return self._recency.evict(loose, count)
+        return self._rest.evict(loose, count)
 
 
 class Recall:

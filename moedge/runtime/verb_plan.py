@@ -17,6 +17,7 @@ Examples:
   moedge plan ./OLMoE-1B-7B --memory 4GiB
   moedge plan ./Qwen3-30B-A3B --memory 8GiB --context 8192 --parallel 2
   moedge plan ./OLMoE-1B-7B --memory 4GiB --json
+  moedge plan ./OLMoE-1B-7B --memory 2GiB --experts ./OLMoE-fit --fallback
 """
 
 
@@ -29,6 +30,8 @@ Examples:
 @click.option("--parallel", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once.")
 @click.option("--prefill-chunk", type=click.IntRange(1), default=512, show_default=True, help="Tokens read at once.")
 @click.option("--dtype", help="fp32, bf16 or fp16; by default the checkpoint's own.")
+@click.option("--experts", metavar="FIT", help="Only the experts that `moedge fit` kept, in the folder FIT.")
+@click.option("--fallback", is_flag=True, help="With --experts: all experts, those of FIT stay in memory.")
 @json_option
 def command(
     model: str,
@@ -37,23 +40,32 @@ def command(
     parallel: int,
     prefill_chunk: int,
     dtype: str | None,
+    experts: str | None,
+    fallback: bool,
     as_json: bool,
 ) -> None:
     """Print how the memory limit would be spent. Loads no weights."""
     from moedge.models.hub import resolve
     from moedge.models.load import draw
     from moedge.runtime.budget import make_plan
+    from moedge.runtime.fitted import fit
 
-    blueprint = draw(resolve(model), dtype)
+    whole = draw(resolve(model), dtype)
     try:
+        blueprint, pins = fit(whole, experts, fallback)
         plan = make_plan(blueprint, memory, context, parallel, prefill_chunk)
         worst = _worst_token(blueprint, plan)
     finally:
-        blueprint.checkpoint.close()
+        whole.checkpoint.close()
+    pinned = None if pins is None else [len(each) for each in pins.within(plan.capacities)]
     if as_json:
-        print_json(plan.as_dict() | {"model": str(blueprint.folder), "worst_token": worst})
+        print_json(plan.as_dict() | {"model": str(blueprint.folder), "pinned": pinned, "worst_token": worst})
     else:
         print_plan(plan, title=f"{model}, {blueprint.anatomy.architecture}")
+        if pins is not None and pinned is not None:
+            click.echo(
+                f"Of the fit's {sum(map(len, pins.order))} experts {sum(pinned)} have a slot and stay in memory."
+            )
         click.echo(_worst_line(worst))
 
 
