@@ -174,7 +174,7 @@ def joined(
     prompt: str,
     choice: str,
     context: int | None,
-    start: Sequence[int] | None = None,
+    start: Sequence[int],
 ) -> Row:
     """Prompt and choice as one text of at most `context` tokens; `start`: ids that begin any text.
 
