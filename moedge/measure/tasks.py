@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from moedge.errors import DataError
 from moedge.measure.quality import beginning, target_logprobs
@@ -113,20 +114,9 @@ class Judge:
             yield _chosen(example, some, [next(means) for _ in some])
 
     def _joined(self, prompt: str, choice: str) -> Row:
-        before, ids = self._ids(prompt), self._ids(prompt + choice)
-        start = next((at for at, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before))
-        if len(ids) < 2:
-            raise DataError(f"the choice {choice[:60]!r} is one token and nothing comes before it: give a prompt")
-        check_ids(self._lm, ids)
-        start = max(1, min(start, len(ids) - 1))
-        context = context_of(self._lm)
-        over = 0 if context is None else len(ids) - context
-        if over <= 0:
-            return Row(ids, start)
-        keep = len(self._start)
-        if start - over <= keep:
-            raise DataError(f"the choice {choice[:60]!r} alone is longer than the context of {context} tokens")
-        return Row(ids[:keep] + ids[keep + over :], start - over, cut=True)
+        row = joined(self._lm.tokenizer, prompt, choice, context_of(self._lm), self._start)
+        check_ids(self._lm, row.ids)
+        return row
 
     def _ids(self, text: str) -> list[int]:
         return self._start + list(self._lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -177,6 +167,34 @@ class Judge:
         overlap = max(word_overlap(given, answer) for answer in accepted) if self._overlap else None
         correct = any(self._match(given, answer) for answer in accepted)
         return Verdict(correct, given.strip(), example.answer.strip(), overlap, cut)
+
+
+def joined(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    choice: str,
+    context: int | None,
+    start: Sequence[int],
+) -> Row:
+    """Prompt and choice as one text of at most `context` tokens; `start`: ids that begin any text.
+
+    Of a longer one the prompt loses its beginning. Raises DataError where even the choice is too long.
+    """
+    before, ids = (
+        [*start, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+        for text in (prompt, prompt + choice)
+    )
+    at = next((at for at, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before))
+    if len(ids) < 2:
+        raise DataError(f"the choice {choice[:60]!r} is one token and nothing comes before it: give a prompt")
+    at = max(1, min(at, len(ids) - 1))
+    over = 0 if context is None else len(ids) - context
+    if over <= 0:
+        return Row(ids, at)
+    keep = len(start)
+    if at - over <= keep:
+        raise DataError(f"the choice {choice[:60]!r} alone is longer than the context of {context} tokens")
+    return Row(ids[:keep] + ids[keep + over :], at - over, cut=True)
 
 
 def example_of(task: str, record: Any) -> Example:

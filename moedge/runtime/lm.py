@@ -95,16 +95,15 @@ class LM:
 
 
 @dataclass(frozen=True)
-class Serving:
-    """What `moedge.load` takes besides: where it computes, sequences at once, and tokens of a prompt read at once."""
+class Extra:
+    """What `moedge.load` takes besides: sequences at once, tokens of a prompt read at once, and a fit's experts."""
 
-    device: str = "cpu"
     parallel: int = 1
     prefill_chunk: int = 512
+    experts: Experts | None = None
+    fallback: bool = False
 
     def __post_init__(self) -> None:
-        if self.device != "cpu":
-            raise ModelError(f"device {self.device!r} is not one that moedge computes on yet: use 'cpu'")
         if self.prefill_chunk < 1:
             raise ContextError(f"prefill_chunk {self.prefill_chunk} must be at least 1 token")
 
@@ -113,33 +112,34 @@ def load(
     model: str | os.PathLike[str],
     memory: str | int | None = None,
     dtype: str | torch.dtype | None = None,
+    device: str = "cpu",
     policy: str = "default",
     context: int | None = None,
-    experts: Experts | None = None,
-    fallback: bool = False,
-    **settings: Any,
+    **extra: Any,
 ) -> LM:
     """Load an MoE checkpoint (folder, hub cache folder or hub id) with its experts left on disk.
 
     memory: limit for the whole process, `"600MiB"` or bytes; None limits nothing.
     dtype: "fp32", "bf16", "fp16" or None for the checkpoint's own. policy: a key of `moedge.POLICIES`.
-    context: tokens reserved for each of `parallel` sequences; with a limit at most 2048 by default.
-    experts: a fit's folder, or the ids to keep of each MoE layer: the model has only these. With `fallback` it has all,
-    and these stay in memory, the most important first, as far as the limit allows.
-    settings: `device="cpu"`, `parallel=1`, `prefill_chunk=512`, see runtime/lm.py.
+    context: tokens reserved for each sequence; with a limit at most 2048 by default.
+    extra: parallel=1, sequences at once; prefill_chunk=512, tokens of a prompt read at once; experts=None, a fit's
+    folder, or the ids to keep of each MoE layer: the model has only these. With fallback=True it has all, and these
+    stay in memory, the most important first, as far as the limit allows.
 
     Raises ModelError, CheckpointError, MemoryLimitError, ContextError, DataError (for a fit); each names the thing, its
     value and the remedy.
     """
-    serving = Serving(**settings)
+    more = Extra(**extra)
+    if device != "cpu":
+        raise ModelError(f"device {device!r} is not one that moedge computes on yet: use 'cpu'")
     if policy not in POLICIES:
         raise ModelError(f"policy {policy!r} does not exist: choose {', '.join(POLICIES)}")
     whole = draw(resolve(model), dtype)
     try:
-        blueprint, pins = fit(whole, experts, fallback)
+        blueprint, pins = fit(whole, more.experts, more.fallback)
         tokenizer = load_tokenizer(blueprint.folder)
         limit = None if memory is None else _limit(memory)
-        plan = make_plan(blueprint, limit, context, serving.parallel, serving.prefill_chunk)
+        plan = make_plan(blueprint, limit, context, more.parallel, more.prefill_chunk)
         if limit is not None:
             return_freed_memory()
         return _assemble(blueprint, plan, tokenizer, make_caches(plan.num_experts, plan.capacities, policy, pins))
