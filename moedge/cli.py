@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "pack": ("moedge.runtime.verb_pack", "Pack a model: one aligned extent per expert, in 16, 8 or 4 bits."),
     "trace": ("moedge.runtime.verb_trace", "Record which experts a model's router chooses."),
     "replay": ("moedge.runtime.verb_replay", "Compare eviction policies on a recorded trace."),
+    "fit": ("moedge.compress.verb_fit", "Shrink a model to a task: keep the experts that its samples need."),
     "eval": ("moedge.measure.verb_eval", "Measure perplexity, task accuracy and distance from a reference model."),
     "bench": ("moedge.serve.verb_bench", "Measure speed at memory limits, or a running server under load."),
     "serve": ("moedge.serve.verb_serve", "Serve a model over HTTP, as OpenAI's API and with a page to chat in."),

@@ -1,0 +1,112 @@
+"""`moedge fit`: a smaller model for a task, with a report that shows what it costs; or methods compared."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.markup import escape
+
+from moedge.terminal import SIZE, console, json_option, print_json
+from moedge.units import format_size
+
+if TYPE_CHECKING:
+    from moedge.compress.fit import Fitted, Settings
+
+BESIDE = "beside the model"
+EXAMPLES = """\b
+Examples:
+  moedge fit ./OLMoE-1B-7B --task sst2=train.jsonl --budget 50% -o ./OLMoE-sst2
+  moedge fit ./Qwen3-30B-A3B --task notes.txt --budget 12GiB --memory 8GiB --bits 4 -o ./Qwen3-notes
+  moedge fit ./OLMoE-1B-7B --task mail.jsonl --budget experts=16 --task-index -o ./OLMoE-mail
+  moedge fit checkpoints/mini --task novel.txt --compare default,reap,random --budgets 25%,50%,75% -o ./compared
+  moedge run ./OLMoE-1B-7B --experts ./OLMoE-sst2 --fallback --memory 4GiB -p "..."
+"""
+
+
+@click.command(epilog=EXAMPLES)
+@click.argument("model")
+@click.option("--task", required=True, metavar="[NAME=]FILE", help="Samples: task records (JSON lines), or a text.")
+@click.option("--budget", default="50%", show_default=True, help="50% of the experts, experts=16, or 800MiB on disk.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The folder that is made.")
+@click.option("--method", default="default", help="What an expert is worth; see docs/fit.md.")
+@click.option("--scope", type=click.Choice(["text", "answer"]), default="text", help="Of a question, what counts.")
+@click.option("--tokens", type=click.IntRange(2), default=16384, show_default=True, help="Read for the profile.")
+@click.option("--test-share", type=click.FloatRange(0, 1, True, True), default=0.2, help="Samples kept for the test.")
+@click.option("--seed", type=int, default=0, help="Of the division of the samples.")
+@click.option("--protect", default="auto", help="Experts that stay: auto, none, or layer:expert,...")
+@click.option("--alpha", type=click.FloatRange(0, 1), help="At most this share of a layer's importance is cold.")
+@click.option("--beta", type=click.FloatRange(0, 1), help="Keep what has more than this share, whatever the budget.")
+@click.option("--task-index", is_flag=False, flag_value=BESIDE, metavar="[FOLDER]",
+              help="Look for a known task that is like this one, and remember this one if there is none.")  # fmt: skip
+@click.option("--bits", type=click.Choice(["16", "8", "4"]), help="Pack the result so.")
+@click.option("--memory", type=SIZE, help="Limit for the whole process, such as 2GiB.")
+@click.option("--compare", "methods", metavar="METHODS", help="Only compare these, such as default,reap,random.")
+@click.option("--budgets", default="25%,50%,75%", show_default=True, help="At which --compare compares.")
+@json_option
+def command(model: str, task: str, out: Path, methods: str | None, budgets: str, as_json: bool, **options: Any) -> None:
+    """Shrink MODEL to a task and a budget: keep the experts that its samples need.
+
+    OUT becomes an ordinary Hugging Face folder, with report.md, report.html, and fit.json, by which `moedge run MODEL
+    --experts OUT` finds the same experts in the full model. A run that was interrupted goes on when the same command is
+    given again.
+    """
+    from moedge.compress.fit import fit
+
+    budget = options.pop("budget")
+    settings = _settings(model, options)
+    with _status(f"fitting {model}") as note:
+        if methods is not None:
+            from moedge.compress.trial import compare
+
+            compared = compare(model, task, methods.split(","), budgets.split(","), out, settings, note)
+        else:
+            fitted = fit(model, task, budget, out, settings, note)
+    if methods is not None:
+        print_json(compared.as_dict()) if as_json else click.echo(compared.markdown())
+    elif as_json:
+        print_json(fitted.as_dict() | {"out": str(out)})
+    else:
+        _show(fitted, out)
+
+
+def _settings(model: str, options: dict[str, Any]) -> "Settings":
+    from moedge.compress.fit import Settings
+    from moedge.models.hub import resolve
+
+    index, bits = options.pop("task_index"), options.pop("bits")
+    if index == BESIDE:
+        folder = resolve(model)
+        index = folder.with_name(f"{folder.name}.tasks")
+    return Settings(**options, index=Path(index) if index else None, bits=int(bits) if bits else None)
+
+
+@contextmanager
+def _status(title: str) -> Iterator[Callable[[str], None]]:
+    with console.status(escape(title)) as status:
+        yield lambda text: status.update(escape(f"{title}: {text}"))
+
+
+def _show(fitted: "Fitted", out: Path) -> None:
+    """The figures as a table on stdout, the reasons and warnings below it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    full, small = fitted.full, fitted.small
+    table = Table(title=f"{escape(fitted.model)} for {escape(fitted.task.name)}", title_justify="left")
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    before, after = fitted.num_experts[0], fitted.plan.budget.kept
+    table.add_row("experts a layer", str(before), str(after))
+    table.add_row("on disk", format_size(fitted.bytes_before), format_size(fitted.bytes_after))
+    table.add_row("perplexity, held out", f"{full.perplexity:.4g}", f"{small.perplexity:.4g}")
+    table.add_row("KL from the full model", "0", f"{small.kl:.3g}")
+    table.add_row("top-1 agreement", "100%", f"{100 * small.top1_agreement:.1f}%")
+    if full.accuracy is not None and small.accuracy is not None:
+        table.add_row(f"accuracy of {full.n}", f"{100 * full.accuracy:.1f}%", f"{100 * small.accuracy:.1f}%")
+    Console().print(table)
+    for line in (*fitted.plan.reasons, *(f"warning: {text}" for text in fitted.warnings)):
+        click.echo(line, err=True)
+    click.echo(f"{out}: run it with `moedge run {out}`; what it costs is in {out / 'report.md'}")
