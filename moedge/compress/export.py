@@ -143,9 +143,9 @@ def _shards(pieces: Iterable[Piece]) -> list[list[Piece]]:
 
 
 def _aligned(shard: list[Piece]) -> list[Piece]:
-    """In such an order that, as far as possible, each lies at the address modulo 64 that it had in its file.
+    """In such an order that each lies at the address modulo 64 that it had in its file, on which products depend.
 
-    The last bit of a product depends on it. Data begins at the address of the first.
+    As far as tensors of odd sizes allow, which go last. Data begins at the address of the first.
     """
     waiting: dict[int, deque[Piece]] = {}
     for piece in sorted(shard, key=lambda piece: piece.nbytes % ALIGNMENT != 0):
