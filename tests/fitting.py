@@ -53,7 +53,7 @@ def only(model: Any, kept: Sequence[Sequence[int]]) -> Iterator[None]:
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         for name, tensor in tensors.items():
             if name.startswith(f"{layer.router}.") and name.endswith("e_score_correction_bias"):
-                tensor[gone] = -torch.inf
+                tensor.data[..., gone] = -torch.inf
             elif name.startswith(f"{layer.router}.") and tensor.dim() == 2 and len(tensor) in sizes:
                 dropped[id(tensor)] = gone
     with torch.no_grad(), _Masked(dropped):

@@ -32,8 +32,16 @@ from moedge.units import format_size
 LIMIT = 2 << 30  # bytes of one shard's tensors
 DROP_AFTER = 64 << 20  # written bytes after which the page cache forgets them
 COPIED = (
-    *("tokenizer*", "*.model", "*.tiktoken", "*.jinja", "vocab.*", "merges.txt", "special_tokens_map.json"),
-    *("added_tokens.json", "chat_template*", "generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*"),
+    *("tokenizer*", "*.model", "*.tiktoken", "*.jinja", "vocab.*", "merges.txt", "tekken.json"),
+    *(
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template*",
+        "generation_config.json",
+        "*processor_config.json",
+        "LICENSE*",
+        "NOTICE*",
+    ),
 )
 _AHEAD = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")  # layers that guess further tokens
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

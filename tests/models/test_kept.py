@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +28,12 @@ def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["fit.json"]
     assert Kept.load(tmp_path) == Kept.load(tmp_path / "fit.json") == KEPT
     assert KEPT.order(0) == (1, 5, 2)
+
+
+def test_numbers_may_be_numpys(tmp_path: Path) -> None:
+    ids, scores = np.array([1, 2, 5]), np.array(SCORES)
+    Kept("MixtralForCausalLM", tuple(np.array([8] * 4)), (tuple(ids),) * 4, tuple(map(tuple, scores))).save(tmp_path)
+    assert Kept.load(tmp_path) == KEPT
 
 
 def test_what_else_the_file_says_stays(tmp_path: Path) -> None:
