@@ -32,8 +32,16 @@ from moedge.units import format_size
 LIMIT = 2 << 30  # bytes of one shard's tensors
 DROP_AFTER = 64 << 20  # written bytes after which the page cache forgets them
 COPIED = (
-    *("tokenizer*", "*.model", "*.tiktoken", "*.jinja", "vocab.*", "merges.txt", "special_tokens_map.json"),
-    *("added_tokens.json", "chat_template*", "generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*"),
+    *("tokenizer*", "*.model", "*.tiktoken", "*.jinja", "vocab.*", "merges.txt", "tekken.json"),
+    *(
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template*",
+        "generation_config.json",
+        "*processor_config.json",
+        "LICENSE*",
+        "NOTICE*",
+    ),
 )
 _AHEAD = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")  # layers that guess further tokens
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -143,9 +151,9 @@ def _shards(pieces: Iterable[Piece]) -> list[list[Piece]]:
 
 
 def _aligned(shard: list[Piece]) -> list[Piece]:
-    """In such an order that, as far as possible, each lies at the address modulo 64 that it had in its file.
+    """In such an order that each lies at the address modulo 64 that it had in its file, on which products depend.
 
-    The last bit of a product depends on it. Data begins at the address of the first.
+    As far as tensors of odd sizes allow, which go last. Data begins at the address of the first.
     """
     waiting: dict[int, deque[Piece]] = {}
     for piece in sorted(shard, key=lambda piece: piece.nbytes % ALIGNMENT != 0):

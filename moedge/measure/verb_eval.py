@@ -64,7 +64,7 @@ def command(model: str, reference: str | None, as_json: bool, **options: Any) ->
             from moedge.measure.compare import Recording
 
             recording = stack.enter_context(Recording())
-            with opened(reference, options | {"experts": None, "fallback": False}) as lm:
+            with opened(reference, options | {"experts": None, "fallback": False}) as lm:  # the fit is the model's
                 _record(lm, recording, options)
         lm = stack.enter_context(opened(model, options))
         found: dict[str, Any] = {"model": model}

@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -66,10 +66,16 @@ class Kept:
         """Into `fit.json` of the folder `path`, or into the file `path`; what else the file says stays."""
         path = _file(path)
         found = _read(path) if path.exists() else {"format": FORMAT, "version": VERSION}
+        kept = {
+            "architecture": self.architecture,
+            "num_experts": [int(count) for count in self.num_experts],  # numpy's integers are none to json
+            "experts": [[int(expert) for expert in each] for each in self.experts],
+            "scores": [[float(score) for score in each] for each in self.scores],
+        }
         file, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(file, "w", encoding="utf-8") as out:
-                json.dump(found | {"kept": asdict(self)}, out, indent=1)
+                out.write(json.dumps(found | {"kept": kept}) + "\n")
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except BaseException:

@@ -53,11 +53,13 @@ def make_caches(
     num_experts: Sequence[int], capacities: Sequence[int], policy: str, pins: Pins | None = None
 ) -> list[LayerCache]:
     """A cache for each layer that follows `policy`, a key of POLICIES; what is pinned is not evicted."""
+    if pins is None:
+        sizes = zip(num_experts, capacities, strict=True)
+        return [LayerCache(count, capacity, POLICIES[policy](count, capacity)) for count, capacity in sizes]
     made = []
-    pinned = pins.within(capacities) if pins else [None] * len(capacities)
-    for count, capacity, each in zip(num_experts, capacities, pinned, strict=True):
-        chosen = POLICIES[policy](count, capacity)
-        made.append(LayerCache(count, capacity, chosen if each is None else Pinned(count, capacity, each, chosen)))
+    for count, capacity, pinned in zip(num_experts, capacities, pins.within(capacities), strict=True):
+        rest = POLICIES[policy](count, capacity - len(pinned))  # which has the other slots
+        made.append(LayerCache(count, capacity, Pinned(count, capacity, pinned, rest)))
     return made
 
 

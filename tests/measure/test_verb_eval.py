@@ -87,6 +87,18 @@ def test_the_distance_from_a_reference(lm: Opened, files: list[Path]) -> None:
     assert (near["kl"], near["top1_agreement"]) == (0.0, 1.0)
 
 
+def test_the_reference_is_whole(lm: Opened, files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[tuple[str, str | None, bool]] = []
+
+    def load(name: str, *, experts: str | None, fallback: bool, **_: Any) -> Opened:
+        loaded.append((name, experts, fallback))
+        return lm
+
+    monkeypatch.setattr("moedge.runtime.lm.load", load)
+    found("--text", files[0], "--reference", "model", "--experts", "a-fit", "--fallback")
+    assert loaded == [("model", None, False), ("model", "a-fit", True)]
+
+
 def test_tasks(lm: Opened, tmp_path: Path) -> None:
     sst2, mine = tmp_path / "dev.jsonl", tmp_path / "mine.jsonl"
     sst2.write_text("".join(json.dumps({"sentence": f"the sea {n}", "label": n % 2}) + "\n" for n in range(6)))

@@ -91,10 +91,11 @@ def test_options_reach_the_model_and_the_sampling(lm: Loaded, monkeypatch: pytes
 
     monkeypatch.setattr(lm, "generate", record)
     args = "--memory 600MiB --context 99 --parallel 2 --dtype bf16 --policy lru --prefill-chunk 64"
+    fit = "--experts some/fit --fallback"
     more = "--temperature 0.5 --top-p 0.9 --top-k 7 --min-p 0.1 --repetition-penalty 1.2 --seed 3 --stop a --stop b"
-    assert run("-p", "x", "-n", "9", *args.split(), *more.split()).exit_code == 0
+    assert run("-p", "x", "-n", "9", *args.split(), *more.split(), *fit.split()).exit_code == 0
     load = {"memory": 600 << 20, "context": 99, "parallel": 2, "dtype": "bf16", "policy": "lru", "prefill_chunk": 64}
-    assert lm.options == {"model": "some/model"} | load
+    assert lm.options == {"model": "some/model", "experts": "some/fit", "fallback": True} | load
     sampling = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2, "seed": 3}
     assert seen == {"prompt": "x", "max_new_tokens": 9, "stop": ("a", "b")} | sampling
 
