@@ -34,11 +34,17 @@ class Recording:
         self._width = vocabulary(lm.model)
         session = Session(lm)
         for window in some:
-            for logits in logits_in_chunks(lm, window.ids[:-1], session=session):
-                self._dtype, self._width = logits.dtype, logits.shape[1]
-                self._write(logits)
-            self._ids.extend(window.ids)
+            for _ in self.keep(window, logits_in_chunks(lm, window.ids[:-1], session=session)):
+                pass
             yield len(self._ids)
+
+    def keep(self, window: Window, logits: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Hand on the logits [t, V] of the next window, in pieces, and keep them."""
+        for piece in logits:
+            self._dtype, self._width = piece.dtype, piece.shape[1]
+            self._write(piece)
+            yield piece
+        self._ids.extend(window.ids)
 
     def _write(self, logits: Tensor) -> None:
         try:
