@@ -5,44 +5,40 @@ under another name until it is whole; a run that was interrupted goes on with th
 together; what each of them does is in its own module.
 """
 
-import gc
 import json
-import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import cache
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from moedge.compress.evaluate import Quality, Reference, check_reads, measure
 from moedge.compress.export import export
 from moedge.compress.importance import METHODS, Statistics, super_experts
 from moedge.compress.index import Match, TaskIndex, spread
+from moedge.compress.opening import PASS, opened
 from moedge.compress.plan import FitPlan, Shape, by_thresholds, make_plan, parse_budget
 from moedge.compress.profile import first_layer, passes, profile
+from moedge.compress.report import Layer, Report, model_card
 from moedge.compress.samples import Scope, Task, Windows, read_task, windows
 from moedge.errors import DataError, ModelError
 from moedge.models.hub import resolve
-from moedge.models.kept import FILE, FORMAT, VERSION, Kept
+from moedge.models.kept import Kept
 from moedge.models.load import Blueprint, draw
 from moedge.models.narrow import constraints
 from moedge.models.pack import PackedExperts
-from moedge.runtime.device import return_freed_memory
 from moedge.runtime.journal import Unfinished
-from moedge.runtime.lm import LM, load
+from moedge.runtime.lm import LM
 from moedge.runtime.pack import pack, source_of
 from moedge.runtime.sources import choose_format
 from moedge.units import format_size
 
-PASS = 1024  # tokens read at once: each pass may read every expert from the disk
 PROFILE = "profile.npz"
 Floats = NDArray[np.float64]
 Note = Callable[[str], None]  # what is being done, for people
@@ -72,24 +68,13 @@ class Settings:
             raise DataError(f"tokens {self.tokens} and test share {self.test_share}: give at least 2, and 0 to 1")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Fitted:
-    """What a fit found and made. Sizes in bytes, times in seconds by step."""
+    """What a fit made: the report, which experts of the full model were kept, and the known task that was looked at."""
 
-    model: str
-    task: Task  # the samples that were profiled
-    test: Task
-    settings: Settings
-    plan: FitPlan
-    seen: Statistics
-    num_experts: tuple[int, ...]
-    match: Match | None  # the known task whose statistics were taken or looked at
-    full: Quality
-    small: Quality
-    bytes_before: int
-    bytes_after: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
+    report: Report
+    kept: Kept
+    match: Match | None
 
 
 def shape_of(blueprint: Blueprint) -> Shape:
@@ -122,44 +107,6 @@ def up_to(task: Task, tokenizer: Any, tokens: int) -> Task:
     return task
 
 
-@contextmanager
-def opened(model: str | Path, settings: Settings, experts: Any = None) -> Iterator[LM]:
-    """The model for passes of PASS tokens, closed at the end and its memory given back."""
-    folder = resolve(model)
-    blueprint = draw(folder)
-    blueprint.checkpoint.close()
-    context = min(PASS, blueprint.max_context or PASS)
-    lm = load(
-        folder,
-        settings.memory,
-        settings.dtype or _quicker(blueprint.dtype),
-        context=context,
-        parallel=-(-PASS // context),
-        prefill_chunk=PASS,
-        experts=experts,
-    )
-    try:
-        with lm:
-            yield lm
-    finally:
-        del lm
-        gc.collect()  # hooks and modules know each other
-        return_freed_memory()
-
-
-@cache
-def _quicker(own: torch.dtype) -> torch.dtype:
-    """float32 where this machine multiplies it at least twice as fast as `own`: many have no 16-bit arithmetic."""
-    best = dict.fromkeys((own, torch.float32), math.inf)
-    operands = {dtype: (torch.ones(512, 512, dtype=dtype), torch.ones(1024, 512, dtype=dtype)) for dtype in best}
-    for _ in range(6):  # in turns, the first one to warm up; the least of each, as the machine may be shared
-        for dtype, (x, weight) in operands.items():
-            start = time.perf_counter()
-            torch.nn.functional.linear(x, weight)
-            best[dtype] = min(best[dtype], time.perf_counter() - start)
-    return torch.float32 if best[own] > 2 * best[torch.float32] else own
-
-
 def profiled(
     lm: LM, some: Windows, keep: Path | None = None, note: Note = lambda _: None
 ) -> tuple[Statistics, list[Floats]]:
@@ -180,28 +127,50 @@ def profiled(
     return total, first
 
 
-def fit(model: str, spec: str, budget: str, out: Path, settings: Settings, note: Note = lambda _: None) -> Fitted:
+def fit(
+    model: str,
+    spec: str,
+    budget: str,
+    out: Path,
+    settings: Settings,
+    also: Sequence[str] = (),
+    command: str = "",
+    note: Note = lambda _: None,
+) -> Fitted:
     """Write `model`, shrunk to `budget` for the task `spec` ([NAME=]FILE), to the folder `out`; what was found.
 
-    Raises DataError, ModelError, CheckpointError, MemoryLimitError, each before anything long begins where it can be
-    known by then.
+    `also`: other tasks to test on. `command`: what the report names as its cause. Raises DataError, ModelError,
+    CheckpointError, MemoryLimitError, each before anything long begins where it can be known by then.
     """
-    task, test = divide(spec, settings)
+    parts = divide(spec, settings)
+    others = [read_task(each) for each in also]
     blueprint = draw(resolve(model))
     try:
         run = _Run(model, blueprint, settings, note)
         run.check(budget)
-        unfinished = Unfinished(out, run.identity(task, test, budget))
+        unfinished = Unfinished(out, run.identity([*parts, *others], budget))
         try:
             with unfinished.writing():
-                fitted = run.find(task, test, budget, unfinished.folder / PROFILE)
-                run.write(fitted, unfinished.folder)
+                choice = run.choose(*parts, others, budget, unfinished.folder / PROFILE)
+                fitted = run.write(choice, unfinished.folder, command)
             unfinished.finish(PROFILE)
         finally:
             unfinished.close()
     finally:
         blueprint.checkpoint.close()
     return fitted
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What is known before anything is written."""
+
+    task: str
+    plan: FitPlan
+    seen: Statistics
+    match: Match | None
+    before: dict[str, Quality]
+    after: dict[str, Quality]
 
 
 class _Run:
@@ -211,68 +180,57 @@ class _Run:
         self.model, self.blueprint, self.settings, self.note = model, blueprint, settings, note
         self.shape = shape_of(blueprint)
         self.seconds: dict[str, float] = {}
-        self.warnings: list[str] = []
 
     def check(self, budget: str) -> None:
-        """Raises DataError for a budget that cannot be, before anything is read."""
+        """Raises DataError for settings that cannot be, before anything is read."""
         if self.settings.beta is None:
             parse_budget(budget, self.shape)
         if self.settings.protect != "auto":
-            _parse_protected(self.settings.protect)
+            parse_protected(self.settings.protect)
 
-    def identity(self, task: Task, test: Task, budget: str) -> dict[str, Any]:
+    def identity(self, tasks: Sequence[Task], budget: str) -> dict[str, Any]:
         """What must be the same for a run to be continued."""
         chosen = {name: str(value) for name, value in asdict(self.settings).items()}
-        samples = [task.fingerprint, test.fingerprint]
+        samples = [task.fingerprint for task in tasks]
         return {"fit": chosen, "budget": budget, "samples": samples, "source": source_of(self.blueprint)}
 
     @contextmanager
-    def step(self, name: str) -> Iterator[None]:
+    def _step(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def find(self, task: Task, test: Task, budget: str, keep: Path) -> Fitted:
-        """Profile and choose, and measure the full and the smaller model on the test part."""
+    def choose(self, task: Task, test: Task, others: Sequence[Task], budget: str, keep: Path) -> _Choice:
+        """Profile and choose, and measure the full and the smaller model on what was kept for the test."""
+        memory, dtype = self.settings.memory, self.settings.dtype
         with ExitStack() as stack:
-            reference, seen, match, task = self._with_full_model(stack, task, test, keep)
-            scores = METHODS[self.settings.method](seen)[:, : self.shape.num_experts]
-            plan = self._plan(scores, seen, budget)
-            with self.step("smaller model measured"), opened(self.model, self.settings, plan.kept) as lm:
-                small = measure(lm, reference.task, reference, lambda text: self.note(f"smaller model: {text}"))
-            del lm
-        return Fitted(
-            model=self.model,
-            task=task,
-            test=reference.task,
-            settings=self.settings,
-            plan=plan,
-            seen=seen,
-            num_experts=(self.shape.num_experts,) * self.shape.layers,
-            match=match,
-            full=reference.quality,
-            small=small,
-            bytes_before=self.shape.nbytes,
-            seconds=self.seconds,
-            warnings=self.warnings,
-        )
+            references, seen, match = self._with_full_model(stack, task, [test, *others], keep)
+            plan = choose(seen, self.shape, budget, self.settings)
+            after = {}
+            with self._step("smaller model measured"), opened(self.model, memory, dtype, plan.kept) as lm:
+                for name, reference in references.items():
+                    after[name] = measure(lm, reference.task, reference, self._noting(f"smaller model, {name}"))
+            before = {name: reference.quality for name, reference in references.items()}
+        return _Choice(task.name, plan, seen, match, before, after)
 
     def _with_full_model(
-        self, stack: ExitStack, task: Task, test: Task, keep: Path
-    ) -> tuple[Reference, Statistics, Match | None, Task]:
+        self, stack: ExitStack, task: Task, tests: Sequence[Task], keep: Path
+    ) -> tuple[dict[str, Reference], Statistics, Match | None]:
         """What needs the full model in memory, which it is not afterwards."""
-        with opened(self.model, self.settings) as lm:
-            tokens = self.settings.tokens
-            with self.step("full model measured"):
-                tested = up_to(test, lm.tokenizer, tokens // 2)
-                reference = Reference.of(lm, tested, note=lambda text: self.note(f"full model: {text}"))
-                stack.enter_context(reference)
-                check_reads(reference)
-            with self.step("profile"):
+        tokens, references = self.settings.tokens, dict[str, Reference]()
+        with opened(self.model, self.settings.memory, self.settings.dtype) as lm:
+            with self._step("full model measured"):
+                for test in tests:
+                    tested = up_to(test, lm.tokenizer, tokens // 2)
+                    reference = Reference.of(lm, tested, note=self._noting(f"full model, {test.name}"))
+                    references[test.name] = stack.enter_context(reference)
+                    if test is tests[0]:
+                        check_reads(reference)
+            with self._step("profile"):
                 task = up_to(task, lm.tokenizer, tokens)
                 some = windows(task, lm.tokenizer, min(PASS, lm.context or PASS), self.settings.scope)
                 seen, match = self._statistics(lm, task, some, keep)
-        return reference, seen, match, task
+        return references, seen, match
 
     def _statistics(self, lm: LM, task: Task, some: Windows, keep: Path) -> tuple[Statistics, Match | None]:
         """Those of a known task that is near, where there is an index; else of a profile, which the index then has."""
@@ -287,72 +245,89 @@ class _Run:
         index.add(task.name, seen, spread(first), {"samples": task.fingerprint, "tokens": some.tokens})
         return seen, match
 
-    def _plan(self, scores: Floats, seen: Statistics, budget: str) -> FitPlan:
-        settings, shape = self.settings, self.shape
-        if settings.beta is None:
-            chosen = parse_budget(budget, shape)
-        else:
-            chosen = by_thresholds(scores, shape, settings.alpha or 0.0, settings.beta)
-        counts = (shape.num_experts,) * shape.layers
-        protect = super_experts(seen, counts) if settings.protect == "auto" else _parse_protected(settings.protect)
-        if unrouted := seen.unrouted(counts):
-            self.warnings.append(f"{len(unrouted)} experts were never routed to by the {int(seen.tokens[0])} tokens")
-        return make_plan(scores, shape, chosen, protect, settings.alpha)
-
-    def write(self, fitted: Fitted, folder: Path) -> None:
-        """The smaller model with fit.json and the reports into `folder`."""
+    def write(self, choice: _Choice, folder: Path, command: str) -> Fitted:
+        """The smaller model with fit.json, the reports and a model card into `folder`."""
         made = folder / "model"
         for left in (made, folder / "packed", folder / "packed.partial"):
             shutil.rmtree(left, ignore_errors=True)
         made.mkdir()
-        with self.step("export"):
-            export(self.blueprint, fitted.plan.kept, made, lambda done, total: self.note(f"export: {_of(done, total)}"))
+        with self._step("export"):
+            export(self.blueprint, choice.plan.kept, made, self._counting("export"))
         if self.settings.bits:
-            with self.step("pack"):
+            with self._step("pack"):
                 made = self._pack(made, folder / "packed")
-        fitted.bytes_after = sum(file.stat().st_size for file in made.iterdir())
+        report = self._report(choice, sum(file.stat().st_size for file in made.iterdir()), command)
         for file in sorted(made.iterdir()):
             os.replace(file, folder / file.name)
         made.rmdir()
-        text = json.dumps(self._record(fitted), indent=1, ensure_ascii=False)
-        (folder / FILE).write_text(text + "\n", encoding="utf-8")
-        self.kept(fitted).save(folder)
+        card = self.blueprint.folder / "README.md"
+        text = card.read_text(encoding="utf-8", errors="replace") if card.exists() else None
+        (folder / "README.md").write_text(model_card(report, text), encoding="utf-8")
+        report.save(folder)
+        scores = tuple(tuple(row) for row in choice.plan.scores.tolist())
+        counts = (self.shape.num_experts,) * self.shape.layers
+        kept = Kept(self.blueprint.anatomy.architecture, counts, choice.plan.kept, scores)
+        kept.save(folder, report=report.as_dict())
+        return Fitted(report, kept, choice.match)
 
     def _pack(self, model: Path, packed: Path) -> Path:
         format = choose_format(model, self.settings.bits or 16, None, False)
-        pack(model, packed, format, self.settings.memory, lambda done, total: self.note(f"pack: {_of(done, total)}"))
+        pack(model, packed, format, self.settings.memory, self._counting("pack"))
         shutil.rmtree(model)
         return packed
 
-    def kept(self, fitted: Fitted) -> Kept:
-        """What running the full model with these experts needs to know."""
-        scores = tuple(tuple(row) for row in fitted.plan.scores.tolist())
-        return Kept(self.blueprint.anatomy.architecture, fitted.num_experts, fitted.plan.kept, scores)
+    def _report(self, choice: _Choice, nbytes: int, command: str) -> Report:
+        plan, seen = choice.plan, choice.seen
+        unrouted = seen.unrouted([self.shape.num_experts] * self.shape.layers)
+        layers = tuple(
+            Layer(
+                kept=plan.kept[number],
+                scores=tuple(plan.scores[number].tolist()),
+                tokens=int(seen.tokens[number]),
+                unrouted=tuple(expert for layer, expert in unrouted if layer == number),
+                cold=len(part.cold),
+                moderate=len(part.moderate),
+                hot=len(part.hot),
+            )
+            for number, part in enumerate(plan.partitions)
+        )
+        return Report(
+            model=self.model,
+            command=command,
+            task=choice.task,
+            method=self.settings.method,
+            budget=plan.budget.asked,
+            reasons=(*plan.reasons, *_lent(choice.match)),
+            layers=layers,
+            bytes_before=self.shape.nbytes,
+            bytes_after=nbytes,
+            before=choice.before,
+            after=choice.after,
+            seconds=self.seconds,
+            warnings=(f"{len(unrouted)} experts were never routed to",) if unrouted else (),
+        )
 
-    def _record(self, fitted: Fitted) -> dict[str, Any]:
-        settings = {name: value for name, value in asdict(self.settings).items() if value is not None}
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "model": self.model,
-            "task": fitted.task.name,
-            "budget": fitted.plan.budget.asked,
-            "settings": settings | ({"index": str(settings["index"])} if "index" in settings else {}),
-            "reasons": fitted.plan.reasons,
-            "full": fitted.full.as_dict(),
-            "fitted": fitted.small.as_dict(),
-            "bytes": {"full": fitted.bytes_before, "fitted": fitted.bytes_after},
-            "seconds": self.seconds,
-            "warnings": fitted.warnings,
-        }
+    def _noting(self, title: str) -> Note:
+        return lambda text: self.note(f"{title}: {text}")
+
+    def _counting(self, title: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.note(f"{title}: {format_size(done)} of {format_size(total)}")
 
 
-def _of(done: int, total: int) -> str:
-    return f"{format_size(done)} of {format_size(total)}"
+def choose(seen: Statistics, shape: Shape, budget: str, settings: Settings) -> FitPlan:
+    """The experts that stay by the method, the budget (or beta) and the protection of `settings`."""
+    scores = METHODS[settings.method](seen)[:, : shape.num_experts]
+    if settings.beta is None:
+        chosen = parse_budget(budget, shape)
+    else:
+        chosen = by_thresholds(scores, shape, settings.alpha or 0.0, settings.beta)
+    counts = [shape.num_experts] * shape.layers
+    protect = super_experts(seen, counts) if settings.protect == "auto" else parse_protected(settings.protect)
+    return make_plan(scores, shape, chosen, protect, settings.alpha)
 
 
-def _parse_protected(text: str) -> list[tuple[int, int]]:
-    """`0:3,5:17` as (layer, expert) pairs; `none` is none."""
+def parse_protected(text: str) -> list[tuple[int, int]]:
+    """`0:3,5:17` as (layer, expert) pairs; `none` is none. Raises DataError."""
     if text == "none":
         return []
     try:
@@ -360,3 +335,12 @@ def _parse_protected(text: str) -> list[tuple[int, int]]:
         return [(int(layer), int(expert)) for layer, expert in pairs]
     except ValueError as error:
         raise DataError(f"protect {text!r}: give auto, none, or layer:expert pairs such as 0:3,5:17") from error
+
+
+def _lent(match: Match | None) -> list[str]:
+    if match is None:
+        return []
+    far = f"{match.distance:.3f} from {match.name}, near is up to {match.limit:.3f}"
+    if match.near:
+        return [f"statistics lent by the known task {match.name}: routing of the first layer is {far}"]
+    return [f"no known task is near: routing of the first layer is {far}; this one was profiled and is known now"]

@@ -107,7 +107,11 @@ def reap_sum(seen: Statistics) -> Floats:
 
 
 def energy(seen: Statistics) -> Floats:
-    """Sum over T_e of (g_e(t) |f_e(t)|_2)^2: the squared change of the layer's output without the expert."""
+    """Sum over T_e of (g_e(t) |f_e(t)|_2)^2: the squared change of the layer's output without the expert's term.
+
+    The default: it measured best (docs/compress.md). As REAP it asks how much an expert gives, but summed, so that use
+    counts, and squared, so that the few tokens that need it most do.
+    """
     return seen.energy.copy()
 
 
@@ -133,7 +137,7 @@ def random(seen: Statistics) -> Floats:
 
 
 METHODS: dict[str, Score] = {
-    "default": reap_sum,
+    "default": energy,
     "litemoe": mass,
     "reap": reap,
     "reap-sum": reap_sum,

@@ -1,6 +1,7 @@
 """`moedge fit`: a smaller model for a task, with a report that shows what it costs; or methods compared."""
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ from moedge.terminal import SIZE, console, json_option, print_json
 from moedge.units import format_size
 
 if TYPE_CHECKING:
-    from moedge.compress.fit import Fitted, Settings
+    from moedge.compress.fit import Settings
+    from moedge.compress.report import Report
 
 BESIDE = "beside the model"
 EXAMPLES = """\b
@@ -30,7 +32,7 @@ Examples:
 @click.option("--task", required=True, metavar="[NAME=]FILE", help="Samples: task records (JSON lines), or a text.")
 @click.option("--budget", default="50%", show_default=True, help="50% of the experts, experts=16, or 800MiB on disk.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The folder that is made.")
-@click.option("--method", default="default", help="What an expert is worth; see docs/fit.md.")
+@click.option("--method", default="default", help="What an expert is worth; see docs/compress.md.")
 @click.option("--scope", type=click.Choice(["text", "answer"]), default="text", help="Of a question, what counts.")
 @click.option("--tokens", type=click.IntRange(2), default=16384, show_default=True, help="Read for the profile.")
 @click.option("--test-share", type=click.FloatRange(0, 1, True, True), default=0.2, help="Samples kept for the test.")
@@ -40,35 +42,55 @@ Examples:
 @click.option("--beta", type=click.FloatRange(0, 1), help="Keep what has more than this share, whatever the budget.")
 @click.option("--task-index", is_flag=False, flag_value=BESIDE, metavar="[FOLDER]",
               help="Look for a known task that is like this one, and remember this one if there is none.")  # fmt: skip
+@click.option("--also", multiple=True, metavar="[NAME=]FILE", help="Test the result on other samples as well.")
 @click.option("--bits", type=click.Choice(["16", "8", "4"]), help="Pack the result so.")
 @click.option("--memory", type=SIZE, help="Limit for the whole process, such as 2GiB.")
 @click.option("--compare", "methods", metavar="METHODS", help="Only compare these, such as default,reap,random.")
 @click.option("--budgets", default="25%,50%,75%", show_default=True, help="At which --compare compares.")
 @json_option
-def command(model: str, task: str, out: Path, methods: str | None, budgets: str, as_json: bool, **options: Any) -> None:
+def command(
+    model: str,
+    task: str,
+    also: tuple[str, ...],
+    out: Path,
+    methods: str | None,
+    budgets: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Shrink MODEL to a task and a budget: keep the experts that its samples need.
 
     OUT becomes an ordinary Hugging Face folder, with report.md, report.html, and fit.json, by which `moedge run MODEL
     --experts OUT` finds the same experts in the full model. A run that was interrupted goes on when the same command is
     given again.
     """
-    from moedge.compress.fit import fit
-
     budget = options.pop("budget")
     settings = _settings(model, options)
-    with _status(f"fitting {model}") as note:
-        if methods is not None:
-            from moedge.compress.trial import compare
-
-            compared = compare(model, task, methods.split(","), budgets.split(","), out, settings, note)
-        else:
-            fitted = fit(model, task, budget, out, settings, note)
     if methods is not None:
-        print_json(compared.as_dict()) if as_json else click.echo(compared.markdown())
-    elif as_json:
-        print_json(fitted.as_dict() | {"out": str(out)})
+        _compare(model, [task, *also], methods, budgets, out, settings, as_json)
+        return
+    from moedge.compress.fit import fit
+
+    with _status(f"fitting {model}") as note:
+        fitted = fit(model, task, budget, out, settings, also, " ".join(["moedge", *sys.argv[1:]]), note)
+    if as_json:
+        print_json({"out": str(out)} | fitted.report.as_dict())
     else:
-        _show(fitted, out)
+        _show(fitted.report, out)
+
+
+def _compare(
+    model: str, specs: Sequence[str], methods: str, budgets: str, out: Path, settings: "Settings", as_json: bool
+) -> None:
+    from moedge.compress.trial import compare_methods
+
+    with _status(f"comparing on {model}") as note:
+        compared = compare_methods(model, specs, methods.split(","), budgets, out, settings, note)
+    if as_json:
+        print_json({"out": str(out)} | compared.as_dict())
+    else:
+        click.echo(compared.markdown())
+        click.echo(f"plots are in {out / 'compare.html'}", err=True)
 
 
 def _settings(model: str, options: dict[str, Any]) -> "Settings":
@@ -88,25 +110,26 @@ def _status(title: str) -> Iterator[Callable[[str], None]]:
         yield lambda text: status.update(escape(f"{title}: {text}"))
 
 
-def _show(fitted: "Fitted", out: Path) -> None:
-    """The figures as a table on stdout, the reasons and warnings below it."""
+def _show(report: "Report", out: Path) -> None:
+    """The figures as tables on stdout, the reasons and warnings below them."""
     from rich.console import Console
     from rich.table import Table
 
-    full, small = fitted.full, fitted.small
-    table = Table(title=f"{escape(fitted.model)} for {escape(fitted.task.name)}", title_justify="left")
-    table.add_column("")
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
-    before, after = fitted.num_experts[0], fitted.plan.budget.kept
-    table.add_row("experts a layer", str(before), str(after))
-    table.add_row("on disk", format_size(fitted.bytes_before), format_size(fitted.bytes_after))
-    table.add_row("perplexity, held out", f"{full.perplexity:.4g}", f"{small.perplexity:.4g}")
-    table.add_row("KL from the full model", "0", f"{small.kl:.3g}")
-    table.add_row("top-1 agreement", "100%", f"{100 * small.top1_agreement:.1f}%")
-    if full.accuracy is not None and small.accuracy is not None:
-        table.add_row(f"accuracy of {full.n}", f"{100 * full.accuracy:.1f}%", f"{100 * small.accuracy:.1f}%")
+    table = Table(title=escape(report.title), title_justify="left")
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="right" if column else "left")
+    layer = report.layers[0]
+    table.add_row("experts a layer", str(len(layer.scores)), str(len(layer.kept)))
+    table.add_row("on disk", format_size(report.bytes_before), format_size(report.bytes_after))
+    for name, small in report.after.items():
+        full = report.before[name]
+        table.add_section()
+        table.add_row(f"perplexity, {escape(name)}", f"{full.perplexity:.4g}", f"{small.perplexity:.4g}")
+        table.add_row("KL from the full model", "0", f"{small.kl:.3g}")
+        table.add_row("top-1 agreement", "100%", f"{100 * small.top1_agreement:.1f}%")
+        if full.accuracy is not None and small.accuracy is not None:
+            table.add_row(f"accuracy of {full.n}", f"{100 * full.accuracy:.1f}%", f"{100 * small.accuracy:.1f}%")
     Console().print(table)
-    for line in (*fitted.plan.reasons, *(f"warning: {text}" for text in fitted.warnings)):
+    for line in (*report.reasons, *(f"warning: {text}" for text in report.warnings)):
         click.echo(line, err=True)
-    click.echo(f"{out}: run it with `moedge run {out}`; what it costs is in {out / 'report.md'}")
+    click.echo(f"`moedge run {out}` runs it; {out / 'report.html'} shows what it costs", err=True)

@@ -62,8 +62,8 @@ class Kept:
                     "fit the model again with a larger budget"
                 )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Into `fit.json` of the folder `path`, or into the file `path`; what else the file says stays."""
+    def save(self, path: str | os.PathLike[str], **more: Any) -> None:
+        """Into `fit.json` of the folder `path`, or into the file `path`, `more` beside it; what else it says stays."""
         path = _file(path)
         found = _read(path) if path.exists() else {"format": FORMAT, "version": VERSION}
         kept = {
