@@ -71,13 +71,14 @@ def markdown(title: str, blocks: Iterable[Block]) -> str:
             case Bullets(items):
                 parts.append("\n".join(f"- {_plain(item)}" for item in items))
             case Table():
-                parts.append(_table_text(block))
+                parts.append(table_text(block))
             case Plot():
                 pass
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _table_text(table: Table) -> str:
+def table_text(table: Table) -> str:
+    """A table as Markdown, without an end of line."""
     rows = [table.head, ["---"] * len(table.head), *table.rows]
     return "\n".join("| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
 

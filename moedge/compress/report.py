@@ -106,7 +106,7 @@ def _blocks(report: Report) -> Iterator[Block]:
     yield Bullets([f"Warning: {warning}" for warning in report.warnings])
     yield Heading("What was asked")
     settings = {"model": report.model, "task": report.task, "method": report.method, "budget": report.budget}
-    yield Table(["", ""], list(settings.items()))
+    yield Table(["setting", "value"], list(settings.items()))
     yield Code(report.command)
     yield Bullets(report.reasons)
     yield Heading("What it costs")
@@ -266,7 +266,7 @@ def _card_blocks(report: Report, data: Mapping[str, Any]) -> Iterator[Block]:
     )
     yield Paragraph(_summary(report))
     settings = {"source": name, "method": report.method, "budget": report.budget}
-    yield Table(["", ""], list(settings.items()))
+    yield Table(["setting", "value"], list(settings.items()))
     yield Bullets([f"Warning: {warning}" for warning in report.warnings])
     yield Heading("Use")
     yield Code(
