@@ -92,7 +92,7 @@ def export(
     with _writing(folder):
         _check_space(folder, total)
         _write_shards(small.checkpoint, shards, folder, total, note)
-        for path in sorted({path for pattern in COPIED for path in blueprint.folder.glob(pattern) if path.is_file()}):
+        for path in small_files(blueprint.folder):
             shutil.copyfile(path, folder / path.name)
         (folder / "config.json").write_text(config, encoding="utf-8")
     draw(folder, blueprint.dtype).checkpoint.close()  # raises unless config and experts belong together
@@ -100,18 +100,26 @@ def export(
 
 def _backbone(blueprint: Blueprint, small: Checkpoint) -> tuple[list[Piece], bool]:
     """What is no expert's; and whether the checkpoint has layers that transformers leaves alone."""
-    state, target_of = blueprint.meta.state_dict().keys(), target_names(blueprint.meta)
-    ignored = [re.compile(pattern) for pattern in blueprint.meta._keys_to_ignore_on_load_unexpected or ()]
-    pieces, ahead = [], False
+    behind, pieces = left_behind(blueprint), []
     for name, info in small.tensors.items():
-        if name in blueprint.experts.tensors:
-            continue
-        if any(pattern.search(name) for pattern in ignored) and target_of(name)[0] not in state:
-            ahead = True
+        if name in blueprint.experts.tensors or name in behind:
             continue
         ranges = () if name in small.rows else ((info.offset, info.nbytes),)
         pieces.append(Piece(name, small.shape(name), info, ranges))
-    return pieces, ahead
+    return pieces, bool(behind)
+
+
+def left_behind(blueprint: Blueprint) -> set[str]:
+    """The tensors that transformers does not load, such as those of layers that guess further tokens."""
+    ignored = [re.compile(pattern) for pattern in blueprint.meta._keys_to_ignore_on_load_unexpected or ()]
+    state, target_of = blueprint.meta.state_dict().keys(), target_names(blueprint.meta)
+    names = blueprint.checkpoint.tensors.keys() - blueprint.experts.tensors
+    return {n for n in names if any(pattern.search(n) for pattern in ignored) and target_of(n)[0] not in state}
+
+
+def small_files(folder: Path) -> list[Path]:
+    """What goes along with the weights besides config.json: tokenizer, generation config, licence."""
+    return sorted({path for pattern in COPIED for path in folder.glob(pattern) if path.is_file()})
 
 
 def _experts(full: ExpertMap, small: Blueprint) -> Iterator[Piece]:

@@ -9,34 +9,32 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moedge.compress.division import as_read, cut_warning, tests_of, up_to
 from moedge.compress.evaluate import Quality, Reference, check_reads, measure
 from moedge.compress.export import export
 from moedge.compress.importance import METHODS, Statistics, super_experts
-from moedge.compress.index import Match, TaskIndex, spread
+from moedge.compress.index import Match, TaskIndex, check_name, spread
 from moedge.compress.opening import PASS, opened
-from moedge.compress.plan import FitPlan, Shape, by_thresholds, make_plan, parse_budget
-from moedge.compress.profile import first_layer, passes, profile
+from moedge.compress.plan import Budget, FitPlan, Shape, by_thresholds, make_plan, parse_budget, with_room
+from moedge.compress.profile import Counted, first_layer, identity_of, passes, profile
 from moedge.compress.report import Layer, Report, model_card
-from moedge.compress.samples import Scope, Task, Windows, read_task, windows
-from moedge.errors import DataError, ModelError
-from moedge.models.hub import resolve
+from moedge.compress.samples import Scope, Task, Windows, read_task
+from moedge.compress.shape import drawn, format_of, shape_of
+from moedge.errors import DataError
 from moedge.models.kept import Kept
-from moedge.models.load import Blueprint, draw
-from moedge.models.narrow import constraints
-from moedge.models.pack import PackedExperts
+from moedge.models.load import Blueprint
 from moedge.runtime.journal import Unfinished
 from moedge.runtime.lm import LM
 from moedge.runtime.pack import pack, source_of
-from moedge.runtime.sources import choose_format
 from moedge.units import format_size
 
 PROFILE = "profile.npz"
@@ -64,6 +62,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise DataError(f"method {self.method!r} does not exist: choose {', '.join(METHODS)}")
+        if self.beta is not None and (self.alpha or 0.0) > self.beta:
+            raise DataError(f"alpha {self.alpha:g} is above beta {self.beta:g}: cold experts are those below hot ones")
         if self.tokens < 2 or not 0 < self.test_share < 1:
             raise DataError(f"tokens {self.tokens} and test share {self.test_share}: give at least 2, and 0 to 1")
 
@@ -77,52 +77,31 @@ class Fitted:
     match: Match | None
 
 
-def shape_of(blueprint: Blueprint) -> Shape:
-    """What a plan has to know of a model. Raises ModelError for one that cannot do with fewer experts."""
-    layers = blueprint.anatomy.layers
-    counts = {layer.num_experts for layer in layers}
-    if isinstance(blueprint.experts, PackedExperts):
-        raise ModelError(f"{blueprint.folder} is packed: fit the original, with --bits to pack the result")
-    if len(counts) > 1:
-        raise ModelError(f"{blueprint.folder} has layers of {min(counts)} to {max(counts)} experts: fit another model")
-    rules = constraints(blueprint)
-    each = sum(blueprint.experts.nbytes(layer.index, 0) for layer in layers)
-    total = sum(info.nbytes for info in blueprint.checkpoint.tensors.values())
-    (count,) = counts
-    return Shape(count, len(layers), rules.minimum, rules.groups, each, total - count * each)
-
-
 def divide(spec: str, settings: Settings) -> tuple[Task, Task]:
     """The task's samples to profile and, disjoint, to test on."""
     return read_task(spec).split(settings.seed, settings.test_share)
 
 
-def up_to(task: Task, tokenizer: Any, tokens: int) -> Task:
-    """The first samples with about `tokens` tokens together, at least one."""
-    total = 0
-    for count, sample in enumerate(task.samples, start=1):
-        total += len(tokenizer(sample.text, add_special_tokens=False, verbose=False)["input_ids"])
-        if total >= tokens:
-            return task.take(0, count)
-    return task
-
-
 def profiled(
-    lm: LM, some: Windows, keep: Path | None = None, note: Note = lambda _: None
+    lm: LM, some: Iterable[Counted], keep: Path | None = None, note: Note = lambda _: None
 ) -> tuple[Statistics, list[Floats]]:
-    """The statistics of a task, and of each of its passes the first layer's mass [E]. `keep`: a file to go on from."""
+    """The statistics of a task, and of each of its passes the first layer's mass [E].
+
+    `keep`: a file to go on from; what it holds of other samples is replaced.
+    """
     groups = passes(list(some), PASS, lm.anatomy.encoder_decoder)
     layers = lm.anatomy.layers
     total, first = Statistics.empty(len(layers), max(layer.num_experts for layer in layers)), list[Floats]()
-    done = 0
+    what = identity_of(groups)
     if keep is not None and keep.exists():
-        total, more = Statistics.load(keep)
-        first, done = list(more["first"]), len(more["first"])
-    for count, seen in enumerate(profile(lm, groups, done), start=done + 1):
+        found, more = Statistics.load(keep)
+        if str(more.get("what")) == what:
+            total, first = found, list(more["first"])
+    for count, seen in enumerate(profile(lm, groups, len(first)), start=len(first) + 1):
         total.add(seen)
         first.append(seen.mass[0])
         if keep is not None:
-            total.save(keep, first=np.array(first))
+            total.save(keep, first=np.array(first), what=np.array(what))
         note(f"profile: {count} of {len(groups)} passes")
     return total, first
 
@@ -142,18 +121,21 @@ def fit(
     `also`: other tasks to test on. `command`: what the report names as its cause. Raises DataError, ModelError,
     CheckpointError, MemoryLimitError, each before anything long begins where it can be known by then.
     """
-    parts = divide(spec, settings)
-    others = [read_task(each) for each in also]
-    blueprint = draw(resolve(model))
+    task, test = divide(spec, settings)
+    tests, warnings = tests_of(task, test, also)
+    blueprint = drawn(model)
     try:
-        run = _Run(model, blueprint, settings, note)
-        run.check(budget)
-        unfinished = Unfinished(out, run.identity([*parts, *others], budget))
+        run = _Run(model, blueprint, settings, note, warnings)
+        run.check(task, budget)
+        unfinished = Unfinished(out, run.identity([task, *tests], budget))
         try:
             with unfinished.writing():
-                choice = run.choose(*parts, others, budget, unfinished.folder / PROFILE)
-                fitted = run.write(choice, unfinished.folder, command)
+                choice, fitted = run.make(task, tests, budget, unfinished.folder, command)
             unfinished.finish(PROFILE)
+            run.remember(choice)
+        except BaseException:
+            unfinished.forget()
+            raise
         finally:
             unfinished.close()
     finally:
@@ -161,36 +143,48 @@ def fit(
     return fitted
 
 
+_Seen = tuple[Statistics, list[Floats] | None, Match | None]  # as in _Choice
+
+
 @dataclass(frozen=True)
 class _Choice:
     """What is known before anything is written."""
 
-    task: str
+    task: Task  # its samples that were profiled
     plan: FitPlan
     seen: Statistics
+    first: list[Floats] | None  # of each pass the first layer's mass [E]; None where a known task lent the statistics
     match: Match | None
-    before: dict[str, Quality]
-    after: dict[str, Quality]
+    references: dict[str, Reference]  # by the name of the test
 
 
 class _Run:
     """The steps of one fit, and how long each took."""
 
-    def __init__(self, model: str, blueprint: Blueprint, settings: Settings, note: Note) -> None:
+    def __init__(
+        self, model: str, blueprint: Blueprint, settings: Settings, note: Note, warnings: Sequence[str]
+    ) -> None:
         self.model, self.blueprint, self.settings, self.note = model, blueprint, settings, note
-        self.shape = shape_of(blueprint)
+        self.warnings = list(warnings)
+        self.full_bytes = shape_of(blueprint).nbytes
+        self.shape = shape_of(blueprint, settings.bits)
         self.seconds: dict[str, float] = {}
 
-    def check(self, budget: str) -> None:
+    def check(self, task: Task, budget: str) -> None:
         """Raises DataError for settings that cannot be, before anything is read."""
-        if self.settings.beta is None:
-            parse_budget(budget, self.shape)
-        if self.settings.protect != "auto":
-            parse_protected(self.settings.protect)
+        settings, shape = self.settings, self.shape
+        if settings.scope == "answer" and task.kind == "text":
+            raise DataError(f"task {task.name!r} is a text without answers: leave --scope answer out")
+        if settings.index is not None:
+            check_name(task.name)
+        whole = Budget("", shape.num_experts, "")
+        chosen = parse_budget(budget, shape) if settings.beta is None else whole
+        protect = [] if settings.protect == "auto" else parse_protected(settings.protect)
+        make_plan(np.zeros((shape.layers, shape.num_experts)), shape, chosen, protect)
 
     def identity(self, tasks: Sequence[Task], budget: str) -> dict[str, Any]:
         """What must be the same for a run to be continued."""
-        chosen = {name: str(value) for name, value in asdict(self.settings).items()}
+        chosen = {name: str(value) for name, value in asdict(self.settings).items() if name != "memory"}
         samples = [task.fingerprint for task in tasks]
         return {"fit": chosen, "budget": budget, "samples": samples, "source": source_of(self.blueprint)}
 
@@ -200,63 +194,88 @@ class _Run:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def choose(self, task: Task, test: Task, others: Sequence[Task], budget: str, keep: Path) -> _Choice:
-        """Profile and choose, and measure the full and the smaller model on what was kept for the test."""
+    def make(
+        self, task: Task, tests: Sequence[Task], budget: str, folder: Path, command: str
+    ) -> tuple[_Choice, Fitted]:
+        """Profile and choose, write the smaller model into `folder`, measure it on what was kept for the test."""
         memory, dtype = self.settings.memory, self.settings.dtype
         with ExitStack() as stack:
-            references, seen, match = self._with_full_model(stack, task, [test, *others], keep)
+            references, task, (seen, first, match) = self._with_full_model(stack, task, tests, folder / PROFILE)
             plan = choose(seen, self.shape, budget, self.settings)
-            after = {}
-            with self._step("smaller model measured"), opened(self.model, memory, dtype, plan.kept) as lm:
+            choice = _Choice(task, plan, seen, first, match, references)
+            made, after = self._export(plan, folder), {}
+            with self._step("smaller model measured"), opened(made, memory, dtype) as lm:
                 for name, reference in references.items():
                     after[name] = measure(lm, reference.task, reference, self._noting(f"smaller model, {name}"))
-            before = {name: reference.quality for name, reference in references.items()}
-        return _Choice(task.name, plan, seen, match, before, after)
+        return choice, self._finish(choice, made, after, command)
 
     def _with_full_model(
         self, stack: ExitStack, task: Task, tests: Sequence[Task], keep: Path
-    ) -> tuple[dict[str, Reference], Statistics, Match | None]:
-        """What needs the full model in memory, which it is not afterwards."""
+    ) -> tuple[dict[str, Reference], Task, _Seen]:
+        """What needs the full model in memory, which it is not afterwards; and the samples that were profiled."""
         tokens, references = self.settings.tokens, dict[str, Reference]()
         with opened(self.model, self.settings.memory, self.settings.dtype) as lm:
             with self._step("full model measured"):
                 for test in tests:
                     tested = up_to(test, lm.tokenizer, tokens // 2)
+                    if lm.anatomy.encoder_decoder:
+                        as_read(lm, tested, self.settings.scope)  # raises for samples that are too long
                     reference = Reference.of(lm, tested, note=self._noting(f"full model, {test.name}"))
                     references[test.name] = stack.enter_context(reference)
+                    self.warnings += cut_warning(f"test on {test.name}", reference.windows.cut)
                     if test is tests[0]:
                         check_reads(reference)
             with self._step("profile"):
                 task = up_to(task, lm.tokenizer, tokens)
-                some = windows(task, lm.tokenizer, min(PASS, lm.context or PASS), self.settings.scope)
-                seen, match = self._statistics(lm, task, some, keep)
-        return references, seen, match
+                some = as_read(lm, task, self.settings.scope)
+                seen = self._statistics(lm, some, keep)
+        if isinstance(some, Windows) and seen[1] is not None:
+            self.warnings += cut_warning("profile", some.cut)
+        return references, task, seen
 
-    def _statistics(self, lm: LM, task: Task, some: Windows, keep: Path) -> tuple[Statistics, Match | None]:
-        """Those of a known task that is near, where there is an index; else of a profile, which the index then has."""
-        if self.settings.index is None:
-            return profiled(lm, some, keep, self.note)[0], None
-        index = TaskIndex(self.settings.index, json.dumps(source_of(self.blueprint)))
-        groups = passes(list(some), PASS, lm.anatomy.encoder_decoder)
-        match = index.nearest(np.sum([seen.mass[0] for seen in first_layer(lm, groups)], axis=0))
-        if match is not None and match.near:
-            return index.read(match.name)[0], match
-        seen, first = profiled(lm, some, keep, self.note)
-        index.add(task.name, seen, spread(first), {"samples": task.fingerprint, "tokens": some.tokens})
-        return seen, match
+    def _statistics(self, lm: LM, some: Iterable[Counted], keep: Path) -> _Seen:
+        """Those of a known task that is near, where there is an index; else of a profile."""
+        match = None
+        if (index := self._index()) is not None:
+            groups = passes(list(some), PASS, lm.anatomy.encoder_decoder)
+            mass = np.sum([seen.mass[0] for seen in first_layer(lm, groups)], axis=0)
+            match = index.nearest(mass, self.settings.scope)
+            if match is not None and match.near:
+                return index.read(match.name)[0], None, match
+        return *profiled(lm, some, keep, self.note), match
 
-    def write(self, choice: _Choice, folder: Path, command: str) -> Fitted:
-        """The smaller model with fit.json, the reports and a model card into `folder`."""
+    def _index(self) -> TaskIndex | None:
+        folder = self.settings.index
+        return None if folder is None else TaskIndex(folder, json.dumps(source_of(self.blueprint)))
+
+    def remember(self, choice: _Choice) -> None:
+        """Store a task that was profiled in the index: last of all, so that a run that goes on does not find itself."""
+        index, first = self._index(), choice.first
+        if index is None or first is None or len(first) < 2:
+            return
+        about = {"samples": choice.task.fingerprint, "scope": self.settings.scope}
+        index.add(choice.task.name, choice.seen, spread(first), about)
+
+    def _export(self, plan: FitPlan, folder: Path) -> Path:
+        """Where in `folder` the smaller model is, packed where that is asked for."""
         made = folder / "model"
         for left in (made, folder / "packed", folder / "packed.partial"):
             shutil.rmtree(left, ignore_errors=True)
         made.mkdir()
         with self._step("export"):
-            export(self.blueprint, choice.plan.kept, made, self._counting("export"))
+            export(self.blueprint, plan.kept, made, self._counting("export"))
         if self.settings.bits:
             with self._step("pack"):
-                made = self._pack(made, folder / "packed")
-        report = self._report(choice, sum(file.stat().st_size for file in made.iterdir()), command)
+                packed, format = folder / "packed", format_of(made, self.settings.bits)
+                pack(made, packed, format, self.settings.memory, self._counting("pack"))
+                shutil.rmtree(made)
+            return packed
+        return made
+
+    def _finish(self, choice: _Choice, made: Path, after: dict[str, Quality], command: str) -> Fitted:
+        """The model in `made` with fit.json, the reports and a model card into the folder that `made` is in."""
+        folder, nbytes = made.parent, sum(file.stat().st_size for file in made.iterdir())
+        report = self._report(choice, after, nbytes, command)
         for file in sorted(made.iterdir()):
             os.replace(file, folder / file.name)
         made.rmdir()
@@ -270,13 +289,7 @@ class _Run:
         kept.save(folder, report=report.as_dict())
         return Fitted(report, kept, choice.match)
 
-    def _pack(self, model: Path, packed: Path) -> Path:
-        format = choose_format(model, self.settings.bits or 16, None, False)
-        pack(model, packed, format, self.settings.memory, self._counting("pack"))
-        shutil.rmtree(model)
-        return packed
-
-    def _report(self, choice: _Choice, nbytes: int, command: str) -> Report:
+    def _report(self, choice: _Choice, after: dict[str, Quality], nbytes: int, command: str) -> Report:
         plan, seen = choice.plan, choice.seen
         unrouted = seen.unrouted([self.shape.num_experts] * self.shape.layers)
         layers = tuple(
@@ -294,17 +307,17 @@ class _Run:
         return Report(
             model=self.model,
             command=command,
-            task=choice.task,
+            task=choice.task.name,
             method=self.settings.method,
             budget=plan.budget.asked,
-            reasons=(*plan.reasons, *_lent(choice.match)),
+            reasons=(*plan.reasons, *(_lent(choice) if self.settings.index is not None else ())),
             layers=layers,
-            bytes_before=self.shape.nbytes,
+            bytes_before=self.full_bytes,
             bytes_after=nbytes,
-            before=choice.before,
-            after=choice.after,
+            before={name: reference.quality for name, reference in choice.references.items()},
+            after=after,
             seconds=self.seconds,
-            warnings=(f"{len(unrouted)} experts were never routed to",) if unrouted else (),
+            warnings=(*self.warnings, *_unrouted(len(unrouted))),
         )
 
     def _noting(self, title: str) -> Note:
@@ -315,15 +328,24 @@ class _Run:
 
 
 def choose(seen: Statistics, shape: Shape, budget: str, settings: Settings) -> FitPlan:
-    """The experts that stay by the method, the budget (or beta) and the protection of `settings`."""
+    """The experts that stay by the method, the budget (or beta) and the protection of `settings`.
+
+    Super experts that are found are protected as far as there is room, those with the largest outliers first.
+    """
     scores = METHODS[settings.method](seen)[:, : shape.num_experts]
     if settings.beta is None:
         chosen = parse_budget(budget, shape)
     else:
         chosen = by_thresholds(scores, shape, settings.alpha or 0.0, settings.beta)
-    counts = [shape.num_experts] * shape.layers
-    protect = super_experts(seen, counts) if settings.protect == "auto" else parse_protected(settings.protect)
-    return make_plan(scores, shape, chosen, protect, settings.alpha)
+    if settings.protect != "auto":
+        return make_plan(scores, shape, chosen, parse_protected(settings.protect), settings.alpha)
+    found = super_experts(seen, [shape.num_experts] * shape.layers)
+    protect = with_room(found, seen.largest, shape, chosen.kept)
+    plan = make_plan(scores, shape, chosen, protect, settings.alpha)
+    if len(protect) == len(found):
+        return plan
+    left = f"{len(found) - len(protect)} of {len(found)} super experts are not protected: a layer keeps too few"
+    return replace(plan, reasons=(*plan.reasons, left))
 
 
 def parse_protected(text: str) -> list[tuple[int, int]]:
@@ -337,10 +359,17 @@ def parse_protected(text: str) -> list[tuple[int, int]]:
         raise DataError(f"protect {text!r}: give auto, none, or layer:expert pairs such as 0:3,5:17") from error
 
 
-def _lent(match: Match | None) -> list[str]:
-    if match is None:
-        return []
-    far = f"{match.distance:.3f} from {match.name}, near is up to {match.limit:.3f}"
-    if match.near:
+def _lent(choice: _Choice) -> list[str]:
+    match, first = choice.match, choice.first or []
+    far = f"{match.distance:.3f} from {match.name}, near is up to {match.limit:.3f}" if match else ""
+    if match is not None and match.near:
         return [f"statistics lent by the known task {match.name}: routing of the first layer is {far}"]
-    return [f"no known task is near: routing of the first layer is {far}; this one was profiled and is known now"]
+    known = "is known now" if len(first) > 1 else "is not remembered: its samples fill one pass, give more for that"
+    found = f"no known task is near, routing of the first layer is {far}" if match else "no task was known"
+    return [f"{found}: this one was profiled, and {known}"]
+
+
+def _unrouted(count: int) -> list[str]:
+    if not count:
+        return []
+    return [f"{count} experts were never routed to" if count > 1 else "1 expert was never routed to"]

@@ -51,6 +51,15 @@ def spread(first: Sequence[Floats]) -> float:
     return distance(np.sum(first[0::2], axis=0), np.sum(first[1::2], axis=0))
 
 
+def check_name(name: str) -> None:
+    """Raises DataError for a task name that an index cannot have."""
+    if not re.fullmatch(r"[\w-][\w. -]*", name):
+        raise DataError(
+            f"task name {name!r} cannot name a file of the index: give another, of letters, digits, dots and dashes, "
+            "as in NAME=FILE"
+        )
+
+
 class TaskIndex:
     """The tasks in a folder, one npz file each. `model`: identity of the model; another's index is refused."""
 
@@ -63,8 +72,7 @@ class TaskIndex:
 
     def add(self, name: str, seen: Statistics, spread: float, about: dict[str, Any]) -> None:
         """Store a task under `name`, replacing what stood there. `about`: what to remember of where it came from."""
-        if not re.fullmatch(r"[\w-][\w. -]*", name):
-            raise DataError(f"task name {name!r} cannot name a file: use letters, digits, dots and dashes")
+        check_name(name)
         self.folder.mkdir(parents=True, exist_ok=True)
         note = json.dumps(about | {"model": self._model})
         seen.save(self.folder / f"{name}{SUFFIX}", spread=np.float64(spread), about=np.array(note))
@@ -84,10 +92,15 @@ class TaskIndex:
             raise DataError(f"{path} was made with another model: give another --task-index folder, or delete it")
         return seen, own, about
 
-    def nearest(self, mass: Floats) -> Match | None:
-        """The stored task whose first-layer router mass is nearest to `mass` [E]; None where none is stored."""
+    def nearest(self, mass: Floats, scope: str) -> Match | None:
+        """The task, stored with the same `scope`, whose first-layer router mass is nearest to `mass` [E]; None of none.
+
+        Raises DataError for an entry that is damaged, or another model's.
+        """
         found = []
         for name in self.names:
-            seen, own, _ = self.read(name)
+            seen, own, about = self.read(name)
+            if about.get("scope") != scope:
+                continue
             found.append(Match(name, distance(seen.mass[0], mass), NEAR * own))
         return min(found, key=lambda match: match.distance, default=None)

@@ -4,6 +4,7 @@ Every layer keeps the same number, because that is what stock loaders read. Know
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -128,9 +129,22 @@ def make_plan(
     if shape.groups > 1:
         reasons.append(f"the best {budget.kept // shape.groups} of each of {shape.groups} groups of the router")
     if protect:
-        reasons.append(f"{len(set(protect))} experts protected, {_won(scores, kept, protect)} of them only by that")
+        many = "1 expert" if len(set(protect)) == 1 else f"{len(set(protect))} experts"
+        reasons.append(f"{many} protected, {_won(scores, kept, protect)} only by that")
     reasons.append(_thresholds(parts, alpha))
     return FitPlan(budget, kept, tuple(sorted(set(protect))), parts, scores, tuple(reasons))
+
+
+def with_room(found: Sequence[tuple[int, int]], strength: Floats, shape: Shape, kept: int) -> list[tuple[int, int]]:
+    """Of (layer, expert) pairs those that a layer can keep among `kept`, in each group the strongest [L, E] first."""
+    size, room = shape.num_experts // shape.groups, kept // shape.groups
+    taken: Counter[tuple[int, int]] = Counter()
+    held = []
+    for layer, expert in sorted(found, key=lambda pair: (-strength[pair], pair)):
+        taken[layer, expert // size] += 1
+        if taken[layer, expert // size] <= room:
+            held.append((layer, expert))
+    return sorted(held)
 
 
 def by_thresholds(scores: Floats, shape: Shape, alpha: float, beta: float) -> Budget:

@@ -6,8 +6,10 @@ running model and token ids; what is made of the sums is in importance.py. Lette
 N tokens of a pass, E experts, k experts a token, H hidden size.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,13 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moedge.compress.importance import Statistics
-from moedge.errors import DataError, ModelError
+from moedge.errors import ModelError
 from moedge.models.anatomy import MoeLayer
 from moedge.models.routing import choices
 from moedge.models.trace import NONE
 from moedge.runtime.experts import ExpertSource, source_of
 from moedge.runtime.lm import LM
-from moedge.runtime.session import check_ids, decoder_start
+from moedge.runtime.session import check_ids, check_length, decoder_start
 
 Passes = list[list["Counted"]]
 
@@ -37,6 +39,25 @@ class Counted(Protocol):
     def mask(self) -> NDArray[np.bool_]: ...
 
 
+@dataclass(frozen=True)
+class Question:
+    """A sample of an encoder-decoder: token ids that are encoded, and those that are decoded then. All count.
+
+    Encoder and decoder have experts of their own: with the answer alone counted, the encoder's would have no scores.
+    """
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return (*self.prompt, *self.answer)
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        return np.ones(len(self.ids), bool)
+
+
 def passes(samples: Sequence[Counted], most: int, alone: bool) -> Passes:
     """The samples in groups of like length that fill at most `most` tokens; with `alone` one by one."""
     found: Passes = []
@@ -45,6 +66,12 @@ def passes(samples: Sequence[Counted], most: int, alone: bool) -> Passes:
             found.append([])
         found[-1].append(sample)
     return found
+
+
+def identity_of(groups: Passes) -> str:
+    """Changes with any token of the groups, and with which of them count."""
+    content = repr([[(tuple(sample.ids), sample.mask.tobytes()) for sample in group] for group in groups])
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def profile(lm: LM, groups: Passes, done: int = 0) -> Iterator[Statistics]:
@@ -82,6 +109,10 @@ def _read(lm: LM, group: Sequence[Counted], watch: "_Watch") -> None:
         check_ids(lm, sample.ids)
     if lm.anatomy.encoder_decoder:
         (sample,) = group
+        if not isinstance(sample, Question):
+            raise TypeError(f"an encoder-decoder is profiled on Questions, not on {type(sample).__name__}")
+        for part in (sample.prompt, sample.answer):
+            check_length(lm, len(part))
         _encode_decode(model, sample, watch)
         return
     longest = max(len(sample.ids) for sample in group)
@@ -93,13 +124,10 @@ def _read(lm: LM, group: Sequence[Counted], watch: "_Watch") -> None:
     model.base_model(input_ids=torch.tensor(rows), use_cache=False, return_dict=True)  # [B, T]
 
 
-def _encode_decode(model: Any, sample: Counted, watch: "_Watch") -> None:
-    """What is counted is decoded, what stands before it encoded; of a text that counts from its start, half each."""
-    first = int(np.argmax(sample.mask)) or len(sample.ids) // 2
-    if not 0 < first < len(sample.ids):
-        raise DataError("an encoder-decoder needs something to encode and something to decode: give longer samples")
-    encoded = torch.tensor([list(sample.ids[:first])])
-    decoded = torch.tensor([[decoder_start(model), *sample.ids[first:-1]]])
+def _encode_decode(model: Any, sample: Question, watch: "_Watch") -> None:
+    """As an answer is measured: all of the prompt is encoded, the answer decoded from the start token on."""
+    encoded = torch.tensor([sample.prompt])
+    decoded = torch.tensor([[decoder_start(model), *sample.answer[:-1]]])
     watch.counted = torch.ones(encoded.shape[1], dtype=torch.bool)
     hidden = model.get_encoder()(input_ids=encoded, return_dict=True).last_hidden_state
     watch.counted = torch.ones(decoded.shape[1], dtype=torch.bool)

@@ -13,15 +13,15 @@ from typing import Any
 
 from moedge.compress import page
 from moedge.compress.compare import Journal, Row, compare, html, markdown_table, parse_shares, settings_of, share_text
+from moedge.compress.division import as_read, tests_of, up_to
 from moedge.compress.evaluate import Quality, Reference, check_reads
-from moedge.compress.fit import Note, Settings, choose, divide, profiled, shape_of, up_to
+from moedge.compress.fit import Note, Settings, choose, divide, profiled
 from moedge.compress.importance import METHODS, Statistics
-from moedge.compress.opening import PASS, opened
+from moedge.compress.opening import opened
 from moedge.compress.plan import Shape, parse_budget
-from moedge.compress.samples import Task, read_task, windows
+from moedge.compress.samples import Task
+from moedge.compress.shape import drawn, shape_of
 from moedge.errors import CheckpointError, DataError
-from moedge.models.hub import resolve
-from moedge.models.load import draw
 from moedge.runtime.lm import LM
 from moedge.runtime.pack import source_of
 
@@ -35,13 +35,14 @@ class Compared:
     title: str
     full: Mapping[str, Quality]
     rows: tuple[Row, ...]
+    warnings: tuple[str, ...] = ()
 
     def markdown(self) -> str:
-        return markdown_table(self.rows, self.full)
+        return markdown_table(self.rows, self.full) + "".join(f"\n\nWarning: {text}." for text in self.warnings)
 
     def as_dict(self) -> dict[str, Any]:
         full = {name: quality.as_dict() for name, quality in self.full.items()}
-        return {"full": full, "rows": [row.as_dict() for row in self.rows]}
+        return {"full": full, "rows": [row.as_dict() for row in self.rows], "warnings": list(self.warnings)}
 
     def save(self, folder: Path) -> None:
         """compare.md, compare.json and compare.html, each whole or not there."""
@@ -70,8 +71,8 @@ def compare_methods(
     except ValueError as error:
         raise DataError(str(error)) from error
     task, test = divide(specs[0], settings)
-    tests = [test, *(read_task(spec) for spec in specs[1:])]
-    blueprint = draw(resolve(model))
+    tests, warnings = tests_of(task, test, specs[1:])
+    blueprint = drawn(model)
     blueprint.checkpoint.close()
     shape = shape_of(blueprint)
     for share in shares:
@@ -87,7 +88,7 @@ def compare_methods(
         trial = _Trial(model, shape, seen, settings)
         rows = tuple(compare(methods, shares, references, trial.candidate, journal, note))
         full = {name: reference.quality for name, reference in references.items()}
-    compared = Compared(f"{Path(model).name} for {task.name}: methods compared", full, rows)
+    compared = Compared(f"{Path(model).name} for {task.name}: methods compared", full, rows, tuple(warnings))
     compared.save(out)
     return compared
 
@@ -102,8 +103,7 @@ def _read(
             tested = up_to(test, lm.tokenizer, settings.tokens // 2)
             references[test.name] = stack.enter_context(Reference.of(lm, tested, note=note))
         check_reads(references[tests[0].name])
-        task = up_to(task, lm.tokenizer, settings.tokens)
-        some = windows(task, lm.tokenizer, min(PASS, lm.context or PASS), settings.scope)
+        some = as_read(lm, up_to(task, lm.tokenizer, settings.tokens), settings.scope)
         return references, profiled(lm, some, keep, note)[0]
 
 

@@ -1,5 +1,6 @@
 """`moedge fit`: a smaller model for a task, with a report that shows what it costs; or methods compared."""
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -72,7 +73,7 @@ def command(
     from moedge.compress.fit import fit
 
     with _status(f"fitting {model}") as note:
-        fitted = fit(model, task, budget, out, settings, also, " ".join(["moedge", *sys.argv[1:]]), note)
+        fitted = fit(model, task, budget, out, settings, also, shlex.join(["moedge", *sys.argv[1:]]), note)
     if as_json:
         print_json({"out": str(out)} | fitted.report.as_dict())
     else:
@@ -85,7 +86,9 @@ def _compare(
     from moedge.compress.trial import compare_methods
 
     with _status(f"comparing on {model}") as note:
-        compared = compare_methods(model, specs, methods.split(","), budgets, out, settings, note)
+        compared = compare_methods(
+            model, specs, [each.strip() for each in methods.split(",")], budgets, out, settings, note
+        )
     if as_json:
         print_json({"out": str(out)} | compared.as_dict())
     else:

@@ -28,12 +28,12 @@ class Unfinished:
     """
 
     def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
-        self.out, self.folder = out, out.with_name(out.name + ".partial")
         if out.exists() or out.is_symlink():
             raise CheckpointError(f"{out} exists already: choose another name, or delete it")
+        self.out, self.folder = out, out.with_name(out.name + ".partial")
         self.folder.mkdir(parents=True, exist_ok=True)
         if any(self.folder.iterdir()) and not (self.folder / JOURNAL).exists():
-            raise CheckpointError(f"{self.folder} is in the way, and not a pack that was begun: delete it")
+            raise CheckpointError(f"{self.folder} is in the way, and nothing that moedge began: delete it")
         self._fd = os.open(self.folder / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             self._lock()
@@ -50,7 +50,7 @@ class Unfinished:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise CheckpointError(f"{self.folder} is being written by another moedge pack: wait for it") from error
+            raise CheckpointError(f"{self.folder} is being written by another moedge process: wait for it") from error
 
     def _read(self, identity: str) -> dict[tuple[int, int], str]:
         text = (self.folder / JOURNAL).read_text(encoding="utf-8")
@@ -106,6 +106,12 @@ class Unfinished:
             (self.out / name).unlink(missing_ok=True)
         sync(self.out)
         sync(self.out.parent)
+
+    def forget(self) -> None:
+        """Delete the folder where nothing was done in it yet, so that the next run may be another one."""
+        if self.folder.exists() and {path.name for path in self.folder.iterdir()} <= {JOURNAL}:
+            (self.folder / JOURNAL).unlink(missing_ok=True)
+            self.folder.rmdir()
 
     def close(self) -> None:
         if self._fd >= 0:

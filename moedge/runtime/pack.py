@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,6 +137,14 @@ class _Plan:
         files = sorted((name, status.st_size, status.st_mtime_ns) for name, status in stats)
         found = {"header": checksum(self.manifest.head()), "files": files, "torch": torch.__version__}
         return found | (self.profile.identity if self.profile else {})
+
+
+def packed_sizes(blueprint: Blueprint, format: Format, without: Container[str] = ()) -> tuple[int, int]:
+    """Bytes that one expert of every layer takes in a pack, and that everything else does but the tensors `without`."""
+    plan = _Plan(blueprint, format, 16)
+    each = sum(layer.stride for layer in plan.manifest.layers)
+    left = sum(info.nbytes for name, info in blueprint.checkpoint.tensors.items() if name in without)
+    return each, plan.total - left - sum(layer.num_experts * layer.stride for layer in plan.manifest.layers)
 
 
 def source_of(blueprint: Blueprint) -> dict[str, str]:

@@ -11,7 +11,7 @@ import torch
 
 import moedge
 from moedge.compress.importance import Statistics
-from moedge.compress.profile import first_layer, passes, profile
+from moedge.compress.profile import Question, first_layer, identity_of, passes, profile
 from moedge.models.anatomy import dissect
 from moedge.models.load import draw
 
@@ -39,9 +39,7 @@ def total(parts: list[Statistics]) -> Statistics:
 
 def run(folder: Path, some: list[Sample], most: int, **options: Any) -> Statistics:
     with moedge.load(folder, dtype="fp32", **options) as lm:
-        if lm.anatomy.encoder_decoder:
-            lm.model.generation_config.decoder_start_token_id = 0
-        return total(list(profile(lm, passes(some, most, lm.anatomy.encoder_decoder))))
+        return total(list(profile(lm, passes(some, most, alone=False))))
 
 
 def assert_alike(one: Statistics, other: Statistics, rtol: float = 1e-5) -> None:
@@ -143,17 +141,36 @@ def test_nothing_is_watched_afterwards(tiny: Tiny) -> None:
 
 
 def test_switch_transformers_encodes_and_decodes(tiny: Tiny) -> None:
-    folder = tiny("switch_transformers")
-    seen = run(folder, samples(3), 64)
-    assert (seen.tokens > 0).all()
+    """A prompt counts in the layers of the encoder, the tokens that predict an answer in those of the decoder."""
+    questions = [Question((5, 6, 7, 8), (9, 10, 11)), Question((12, 13), (14,))]
+    with moedge.load(tiny("switch_transformers"), dtype="fp32") as lm:
+        seen = total(list(profile(lm, passes(questions, 64, alone=True))))
+    assert seen.tokens.tolist() == [6, 6, 4, 4]
     with np.errstate(invalid="ignore"):
         np.testing.assert_allclose(seen.counts.sum(1), seen.tokens)  # none beyond an expert's capacity
     np.testing.assert_allclose(seen.even_gate_norm, seen.norm)  # one expert a token: its even weight is 1
 
 
+def test_an_encoder_decoder_takes_questions_only(tiny: Tiny) -> None:
+    with pytest.raises(TypeError, match="profiled on Questions, not on Sample"):
+        run(tiny("switch_transformers"), samples(1), 64)
+
+
 def test_router_whose_choices_are_not_what_runs_is_refused(tiny: Tiny) -> None:
-    with pytest.raises(moedge.MoedgeError, match="routing cannot be profiled"):
-        run(tiny("nllb-moe"), samples(2), 64)
+    groups = passes([Question((5, 6, 7, 8), (9, 10, 11))], 64, alone=True)
+    with (
+        moedge.load(tiny("nllb-moe"), dtype="fp32") as lm,
+        pytest.raises(moedge.MoedgeError, match="routing cannot be profiled"),
+    ):
+        list(profile(lm, groups))
+
+
+def test_identity_changes_with_tokens_masks_and_groups() -> None:
+    groups = passes(samples(6), 20, alone=False)
+    other = [[Sample(groups[0][0].ids, ~groups[0][0].mask), *groups[0][1:]], *groups[1:]]
+    found = [identity_of(each) for each in (groups, groups[1:], groups[::-1], other)]
+    assert len(set(found)) == 4
+    assert identity_of(passes(samples(6), 20, alone=False)) == found[0]
 
 
 def test_blueprints_of_the_tiny_models_have_the_layers_that_are_summed(tiny: Tiny) -> None:

@@ -203,7 +203,7 @@ def test_a_started_pack_of_something_else_is_refused(
 
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
     first = journal.Unfinished(tmp_path / "out", {})
-    with pytest.raises(CheckpointError, match="another moedge pack"):
+    with pytest.raises(CheckpointError, match="another moedge process"):
         journal.Unfinished(tmp_path / "out", {})
     first.close()
     journal.Unfinished(tmp_path / "out", {}).close()
