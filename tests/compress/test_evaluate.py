@@ -12,6 +12,7 @@ from torch.nn import functional
 from moedge.compress.evaluate import Quality, Reference, chance_of, check_reads, guess_nats, measure
 from moedge.compress.samples import Sample, SampleWindow, Task, windows
 from moedge.errors import DataError, ModelError
+from moedge.runtime import forward
 
 CHOICES = (" calm", " the old moon", " slept")
 PROMPTS = ("The sea was", "Hello world, hello", "The old man")
@@ -41,8 +42,9 @@ def by_hand(reference: FakeLM, lm: FakeLM, task: Task, size: int) -> dict[str, f
 
 
 @pytest.mark.parametrize("task", [QUESTIONS, TEXT], ids=["questions", "text"])
-@pytest.mark.parametrize("chunk", [7, 24, 512])
-def test_quality_is_the_definition(task: Task, chunk: int) -> None:
+@pytest.mark.parametrize("chunk", [3, 24, 512])
+def test_quality_is_the_definition(task: Task, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "LOGITS_BYTES", 320 * 4 * 5)  # a pass of several windows gives several pieces
     reference, lm = tiny_lm(seed=0), tiny_lm(seed=1)
     reference.context = lm.context = 24  # the text becomes several windows
     reference.prefill_chunk = lm.prefill_chunk = chunk  # windows alone, in pieces, and together
