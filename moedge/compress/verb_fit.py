@@ -35,7 +35,7 @@ Examples:
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The folder that is made.")
 @click.option("--method", default="default", help="What an expert is worth; see docs/compress.md.")
 @click.option("--scope", type=click.Choice(["text", "answer"]), default="text", help="Of a question, what counts.")
-@click.option("--tokens", type=click.IntRange(2), default=16384, show_default=True, help="Read for the profile.")
+@click.option("--tokens", type=click.IntRange(2), default=8192, show_default=True, help="Read for the profile.")
 @click.option("--test-share", type=click.FloatRange(0, 1, True, True), default=0.2, help="Samples kept for the test.")
 @click.option("--seed", type=int, default=0, help="Of the division of the samples.")
 @click.option("--protect", default="auto", help="Experts that stay: auto, none, or layer:expert,...")
@@ -46,6 +46,7 @@ Examples:
 @click.option("--also", multiple=True, metavar="[NAME=]FILE", help="Test the result on other samples as well.")
 @click.option("--bits", type=click.Choice(["16", "8", "4"]), help="Pack the result so.")
 @click.option("--memory", type=SIZE, help="Limit for the whole process, such as 2GiB.")
+@click.option("--force", is_flag=True, help="Fit also to samples that the model cannot read.")
 @click.option("--compare", "methods", metavar="METHODS", help="Only compare these, such as default,reap,random.")
 @click.option("--budgets", default="25%,50%,75%", show_default=True, help="At which --compare compares.")
 @json_option

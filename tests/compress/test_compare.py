@@ -160,7 +160,7 @@ def test_on_the_mini_model_router_mass_beats_chance_and_all_experts_lose_nothing
 
     folder = Path(__file__).resolve().parents[2] / "checkpoints" / "mini"
     dice = random.Random(0)
-    records = [{"a": dice.randint(10, 99), "b": dice.randint(10, 99), "op": dice.choice("+-")} for _ in range(80)]
+    records = [{"a": dice.randint(10, 99), "b": dice.randint(10, 99), "op": dice.choice("+-")} for _ in range(56)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, records)))
     fit, test = read_task(f"arithmetic={tmp_path / 'sums.jsonl'}").split(test_share=0.25)
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 from moedge.compress.evaluate import Quality, Reference, chance_of, check_reads, guess_nats, measure
 from moedge.compress.samples import Sample, SampleWindow, Task, windows
 from moedge.errors import DataError, ModelError
+from moedge.runtime import forward
 
 CHOICES = (" calm", " the old moon", " slept")
 PROMPTS = ("The sea was", "Hello world, hello", "The old man")
@@ -41,8 +42,9 @@ def by_hand(reference: FakeLM, lm: FakeLM, task: Task, size: int) -> dict[str, f
 
 
 @pytest.mark.parametrize("task", [QUESTIONS, TEXT], ids=["questions", "text"])
-@pytest.mark.parametrize("chunk", [7, 24, 512])
-def test_quality_is_the_definition(task: Task, chunk: int) -> None:
+@pytest.mark.parametrize("chunk", [3, 24, 512])
+def test_quality_is_the_definition(task: Task, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "LOGITS_BYTES", 320 * 4 * 5)  # a pass of several windows gives several pieces
     reference, lm = tiny_lm(seed=0), tiny_lm(seed=1)
     reference.context = lm.context = 24  # the text becomes several windows
     reference.prefill_chunk = lm.prefill_chunk = chunk  # windows alone, in pieces, and together
@@ -152,12 +154,14 @@ def test_a_model_that_cannot_read_the_samples_is_noticed() -> None:
     lm = tiny_lm()  # random: no text is one that it reads
     with (
         Reference.of(lm, TEXT) as reference,
-        pytest.raises(DataError, match=r"cannot read the samples of task 'words': it needs \d+\.\d+ bits a token"),
+        pytest.raises(
+            DataError, match=r"cannot read the samples of task 'words': its perplexity is \S+, counting the \d+ tokens"
+        ),
     ):
         check_reads(reference)
 
 
-def test_mini_reads_english_and_not_its_cipher(mini: Callable[[], FakeLM]) -> None:
+def test_mini_reads_english_and_neither_swedish_nor_a_cipher(mini: Callable[[], FakeLM]) -> None:
     text = (
         "The old man sat by the window and looked out at the sea. It was a grey morning, and the boats had not yet "
         "come back to the harbour. He thought of his wife, who had gone to the market an hour before him, and of the "
@@ -168,8 +172,16 @@ def test_mini_reads_english_and_not_its_cipher(mini: Callable[[], FakeLM]) -> No
     with Reference.of(lm, Task("english", (Sample(text),), "text")) as reference:
         check_reads(reference)
         assert reference.nats < reference.guess_nats - 1
-    with Reference.of(lm, Task("cipher", (Sample(shifted),), "text")) as reference, pytest.raises(DataError):
-        check_reads(reference)
+    swedish = (
+        "Det var en gång en gammal man som bodde i ett litet hus vid havet. Varje morgon gick han till stranden för "
+        "att se om båtarna hade kommit tillbaka. Han hade en hund som alltid följde med honom, och tillsammans satt de "
+        "på en sten och tittade på vågorna. Ibland kom barnen från byn för att höra honom berätta om den tid då han "
+        "själv var sjöman. När kvällen kom gick barnen hem, och den gamle mannen tände sin lampa och läste en bok."
+    )
+    for name, other in (("cipher", shifted), ("swedish", swedish)):
+        task = Task(name, (Sample(other),), "text")
+        with Reference.of(lm, task) as reference, pytest.raises(DataError, match=f"cannot read .* '{name}'"):
+            check_reads(reference)
 
 
 def test_a_model_that_answers_reads_whatever_the_form() -> None:
