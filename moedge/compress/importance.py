@@ -9,6 +9,7 @@ g'_e(t) the same with the weights of the token's experts made to sum to 1.
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,6 +20,10 @@ from numpy.typing import NDArray
 
 from moedge.errors import DataError
 
+_UNREADABLE = (  # what zipfile and numpy raise for bytes that are not theirs
+    *(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error),
+    *(NotImplementedError, RuntimeError, SyntaxError, TypeError),
+)
 Floats = NDArray[np.float64]
 Score = Callable[["Statistics"], Floats]
 
@@ -78,7 +83,7 @@ class Statistics:
             with np.load(path, allow_pickle=False) as arrays:
                 found = {name: arrays[name] for name in arrays.files}
             own = cls(**{field.name: found.pop(field.name) for field in fields(cls)})
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except _UNREADABLE as error:
             raise DataError(f"{path} does not hold the statistics of a profile ({error}): delete it") from error
         return own, found
 

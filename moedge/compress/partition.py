@@ -60,7 +60,8 @@ def for_kept(scores: Floats, kept: Sequence[int], alpha: float | None = None) ->
     gone = sorted(set(range(len(scores))) - set(kept), key=lambda expert: (share[expert], expert))
     beta = float(share[gone[-1]]) if gone else 0.0
     if alpha is None:
-        below = [float(share[e]) for e, sum_ in zip(gone, np.cumsum(share[gone]), strict=True) if sum_ <= NEGLIGIBLE]
+        going = share[gone]
+        below = [float(each) for each in going if going[going <= each].sum() <= NEGLIGIBLE]  # equal ones all together
         alpha = below[-1] if below else 0.0
     cold = tuple(sorted(e for e in gone if share[e] <= alpha))
     return Partition(cold, tuple(sorted(set(gone) - set(cold))), tuple(sorted(kept)), min(alpha, beta), beta)

@@ -73,9 +73,15 @@ def parse_budget(asked: str, shape: Shape) -> Budget:
     if kept < shape.least:
         raise DataError(
             f"budget {asked} leaves {kept} experts a layer, the model's router needs {shape.least}: "
-            f"give experts={shape.least} or at least {format_size(shape.bytes_with(shape.least))}"
+            f"give experts={shape.least} or at least {_enough(shape.bytes_with(shape.least))}"
         )
     return Budget(asked, kept, reason)
+
+
+def _enough(nbytes: int) -> str:
+    """A size that is not below `nbytes`, as short as it may be written."""
+    short = format_size(nbytes)
+    return short if parse_size(short) >= nbytes else f"{-(-nbytes // 1024)} KiB"
 
 
 def _by_bytes(asked: str, shape: Shape) -> tuple[int, str]:
