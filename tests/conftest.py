@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny models are quicker so, and two cores stay usable
 
+import ctypes
 import ipaddress
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+DISK = 1 << 21  # bytes of the small disk
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -54,6 +56,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A mounted file system of DISK bytes; what needs it is skipped where mounting is not allowed."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("mounts a tmpfs, which only Linux has")
+    libc = ctypes.CDLL(None, use_errno=True)
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if libc.mount(b"tmpfs", bytes(folder), b"tmpfs", 0, f"size={DISK}".encode()):
+        pytest.skip(f"may not mount a small disk here (needs root): {os.strerror(ctypes.get_errno())}")
+    try:
+        yield folder
+    finally:
+        assert libc.umount2(bytes(folder), 2) == 0  # MNT_DETACH
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
-"""What tests of fits share: experts to keep, the stock model of a folder, its logits, and a full model that may not
-route to the experts that are not kept."""
+"""What tests of fits share: experts to keep, the stock model of a folder, its logits, samples, and a full model that
+may not route to the experts that are not kept."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,17 @@ FAMILIES = (
     *("qwen3_moe", "olmoe", "mixtral", "granitemoe", "qwen2_moe", "gpt_oss", "deepseek_v3", "switch_transformers"),
     *("gemma4_text", "zaya"),  # a scale for each expert; a router that may skip the layer
 )
+
+
+WORDS = ("sea", "moon", "lamp", "tree", "bird", "stone")
+
+
+def questions(path: Path, count: int = 12, mark: str = "?") -> Path:
+    """A file of questions with two choices, all of the same few words; of another `mark`, other questions."""
+    pairs = [(one, other) for one in WORDS for other in WORDS if one != other][:count]
+    rows = [{"prompt": f"{a} {b}{mark}", "answer": f" {b}", "choices": [f" {a}", f" {b}"]} for a, b in pairs]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def halves(layers: int) -> list[tuple[int, ...]]:

@@ -1,5 +1,6 @@
-"""What tests of packs share: the bytes of a folder, a model's logits, and a run that is killed again and again."""
+"""What tests of packs share: the bytes of a folder, a model's logits, a full disk, and a run that is killed often."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -34,6 +35,13 @@ while not Path(out).exists():
     os.waitpid(child, 0)
 print(kills)
 """
+
+
+def take_all(path: Path) -> None:
+    """Write until the disk is full."""
+    with open(path, "wb", buffering=0) as file:
+        while shutil.disk_usage(path).free:
+            file.write(bytes(4096))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

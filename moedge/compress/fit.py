@@ -32,7 +32,7 @@ from moedge.compress.shape import drawn, format_of, shape_of
 from moedge.errors import DataError
 from moedge.models.kept import Kept
 from moedge.models.load import Blueprint
-from moedge.runtime.journal import Unfinished
+from moedge.runtime.journal import JOURNAL, Unfinished
 from moedge.runtime.lm import LM
 from moedge.runtime.pack import pack, source_of
 from moedge.units import format_size
@@ -257,9 +257,12 @@ class _Run:
 
     def _export(self, plan: FitPlan, folder: Path) -> Path:
         """Where in `folder` the smaller model is, packed where that is asked for."""
+        for left in folder.iterdir():  # by a run that was killed
+            if left.is_dir():
+                shutil.rmtree(left)
+            elif left.name not in (JOURNAL, PROFILE):
+                left.unlink()
         made = folder / "model"
-        for left in (made, folder / "packed", folder / "packed.partial"):
-            shutil.rmtree(left, ignore_errors=True)
         made.mkdir()
         with self._step("export"):
             export(self.blueprint, plan.kept, made, self._counting("export"))

@@ -12,7 +12,7 @@ from moedge.models.checkpoint import INDEX
 from moedge.models.hub import resolve
 from moedge.models.load import Blueprint, draw
 from moedge.models.narrow import constraints
-from moedge.models.pack import PackedExperts
+from moedge.models.pack import PAGE, PackedExperts
 from moedge.models.quantised import quantisation
 from moedge.runtime.formats import Format
 from moedge.runtime.pack import packed_sizes
@@ -57,6 +57,7 @@ def shape_of(blueprint: Blueprint, bits: int | None = None) -> Shape:
         other = _folder_bytes(blueprint) - count * each
     else:
         each, other = packed_sizes(blueprint, format_of(blueprint.folder, bits), left_behind(blueprint))
+        other += PAGE  # the header is of whole pages, and the config may say the number of experts once more
     return Shape(count, len(layers), rules.minimum, rules.groups, each, other)
 
 

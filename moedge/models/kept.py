@@ -75,7 +75,7 @@ class Kept:
         file, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(file, "w", encoding="utf-8") as out:
-                out.write(json.dumps(found | {"kept": kept}) + "\n")
+                out.write(json.dumps(found | more | {"kept": kept}) + "\n")
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except BaseException:

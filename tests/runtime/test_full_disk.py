@@ -1,48 +1,17 @@
-"""Packing onto a disk that is really full: a small file system of its own. Needs Linux and the right to mount."""
+"""Packing onto a disk that is really full, see `disk` in conftest.py."""
 
-import ctypes
-import os
-import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from packing import contents, take_all
 
 from moedge.errors import CheckpointError
 from moedge.runtime.formats import PLAIN, Format
 from moedge.runtime.pack import pack, verify
 
 Tiny = Callable[..., Path]
-SIZE = 1 << 21  # bytes of the file system
 TEXT = "The old house stood at the end of the lane.\n" * 30
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A mounted file system of SIZE bytes; what needs it is skipped where mounting is not allowed."""
-    if not sys.platform.startswith("linux"):
-        pytest.skip("mounts a tmpfs, which only Linux has")
-    libc = ctypes.CDLL(None, use_errno=True)
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if libc.mount(b"tmpfs", bytes(folder), b"tmpfs", 0, f"size={SIZE}".encode()):
-        pytest.skip(f"may not mount a small disk here (needs root): {os.strerror(ctypes.get_errno())}")
-    try:
-        yield folder
-    finally:
-        assert libc.umount2(bytes(folder), 2) == 0  # MNT_DETACH
-
-
-def take_all(path: Path) -> None:
-    """Write until the disk is full."""
-    with open(path, "wb", buffering=0) as file:
-        while shutil.disk_usage(path).free:
-            file.write(bytes(4096))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("format", [PLAIN, Format("int4")], ids=str)
