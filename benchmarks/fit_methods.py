@@ -63,7 +63,9 @@ def pools(name: str, data: Path, texts: Any) -> tuple[Task, Task]:
     if name in DOMAINS:
         return passages(name, texts[name].train, 300, 0), passages(name, texts[name].held_out, 40, 1)
     trained, held = tasks.training(data, texts)[name].records, tasks.held_out(data, texts)[name]
-    return questions(name, trained, 6000, 0), questions(name, held, QUESTIONS, 1)
+    test = questions(name, held, QUESTIONS, 1)
+    choices = max(len(sample.choices or ()) for sample in test.samples)
+    return questions(name, trained, 6000, 0), test.take(0, QUESTIONS * 4 // max(4, choices))  # each choice is read
 
 
 def draws(pool: Task, tokenizer: Any) -> list[Task]:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from moedge import cli
+from moedge.compress.importance import METHODS
 from moedge.measure.templates import TEMPLATES
 from moedge.runtime.policy import POLICIES
 
@@ -37,6 +38,11 @@ def test_the_policies_are_those_of_the_registry() -> None:
 def test_the_task_templates_are_those_of_the_registry() -> None:
     page = (ROOT / "docs" / "measure.md").read_text()
     assert first_column(page, "| `NAME` | what a record has |") == [*TEMPLATES]
+
+
+def test_the_methods_are_those_of_the_registry() -> None:
+    page = (ROOT / "docs" / "compress.md").read_text()
+    assert first_column(page, "| `--method` | score | source |") == [*METHODS]
 
 
 def test_every_benchmark_is_in_the_list() -> None:

@@ -44,7 +44,11 @@ def test_there_is_something_to_run() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run(command: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_run(
+    command: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)  # what a command makes
     with pytest.raises(SystemExit) as exit_info:
         cli.main([str(model) if word == MINI else word for word in roomy(command)])
     out, err = capsys.readouterr()

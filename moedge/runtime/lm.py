@@ -31,6 +31,7 @@ from moedge.runtime.store import DiskStore
 from moedge.units import format_size, parse_size
 
 if TYPE_CHECKING:
+    from moedge.native.library import Library
     from moedge.runtime.linear import CodedBackbone
 
 
@@ -53,6 +54,7 @@ class LM:
     ) -> None:
         self.model, self.store, self.plan = model, store, plan
         self.anatomy: Anatomy = blueprint.anatomy
+        self.kernels: Library | None = None  # where they compute all that is large, experts and backbone
         self._tokenizer = tokenizer
         self._folder = blueprint.folder
         connect(sources, store)
@@ -184,7 +186,9 @@ def _assemble(
         for source, layer in zip(sources, coded_layers(model, blueprint.anatomy, experts), strict=True):
             source.coded = layer
     store = DiskStore(experts, DirectReader(blueprint.checkpoint), caches, plan.spare)
-    return LM(model, tokenizer, store, plan, blueprint, sources)
+    lm = LM(model, tokenizer, store, plan, blueprint, sources)
+    lm.kernels = coded.library if coded is not None else None
+    return lm
 
 
 def _release(store: DiskStore, blueprint: Blueprint, sources: Sequence[ExpertSource]) -> None:
