@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 from rich.markup import escape
 
 from moedge.terminal import SIZE, console, json_option, print_json
@@ -67,6 +68,7 @@ def command(
     given again.
     """
     budget = options.pop("budget")
+    _check_use(methods is not None, budget)
     settings = _settings(model, options)
     if methods is not None:
         _compare(model, [task, *also], methods, budgets, out, settings, as_json)
@@ -79,6 +81,19 @@ def command(
         print_json({"out": str(out)} | fitted.report.as_dict())
     else:
         _show(fitted.report, out)
+
+
+def _check_use(compares: bool, budget: str) -> None:
+    """Raises UsageError for options that would have no effect."""
+    context = click.get_current_context()
+    given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    if not compares and "budgets" in given:
+        raise click.UsageError("--budgets is for --compare: give --budget, or the methods to compare")
+    if compares and "budget" in given:
+        raise click.UsageError(f"--compare measures at several budgets: give --budgets {budget} instead of --budget")
+    if compares and (useless := sorted(given & {"beta", "bits", "method", "task_index"})):
+        option = useless[0].replace("_", "-")
+        raise click.UsageError(f"--compare writes no model and takes every method by itself: leave --{option} out")
 
 
 def _compare(

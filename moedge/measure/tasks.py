@@ -193,7 +193,10 @@ def joined(
         return Row(ids, at)
     keep = len(start)
     if at - over <= keep:
-        raise DataError(f"the choice {choice[:60]!r} alone is longer than the context of {context} tokens")
+        raise DataError(
+            f"the choice {choice[:60]!r} alone is longer than the context of {context} tokens: shorten it, or leave it "
+            "out"
+        )
     return Row(ids[:keep] + ids[keep + over :], at - over, cut=True)
 
 

@@ -81,7 +81,7 @@ def _several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fitted(tiny: Tiny, task: Path, out: Path, **settings: Any) -> Any:
-    model = tiny("qwen3_moe", tokenizer=True)
+    model = tiny("qwen3_moe", tokenizer=True, num_hidden_layers=2)
     return fit(str(model), str(task), "50%", out, Settings(**{"tokens": 150} | settings))
 
 
@@ -93,7 +93,7 @@ def model_of(out: Path) -> dict[str, bytes]:
 
 def test_killed_at_any_moment(tiny: Tiny, task: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
     """While the profile is saved, while the model is moved: no pass is read twice, no bytes are others."""
-    out, model = tmp_path / "made" / "out", tiny("qwen3_moe", tokenizer=True)
+    out, model = tmp_path / "made" / "out", tiny("qwen3_moe", tokenizer=True, num_hidden_layers=2)
     kills = [2, 9]
     command = [sys.executable, "-c", KILLED, str(model), str(task), str(out), *map(str, kills)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
@@ -157,7 +157,7 @@ def test_going_on_with_another_limit_but_not_with_other_settings(tiny: Tiny, tas
 
 def test_profile_of_other_samples_is_not_gone_on_with(tiny: Tiny, tmp_path: Path, task: Path) -> None:
     """As a comparison that is begun again with another file."""
-    model, keep = tiny("qwen3_moe", tokenizer=True), tmp_path / "profile.npz"
+    model, keep = tiny("qwen3_moe", tokenizer=True, num_hidden_layers=2), tmp_path / "profile.npz"
     with module.opened(model) as lm:
         texts = [module.read_task(each) for each in (task, questions(tmp_path / "other.jsonl", mark="!"))]
         one, other = (module.as_read(lm, text, "text") for text in texts)
@@ -205,7 +205,7 @@ def test_disk_that_becomes_full(
         if (late or text.startswith(step)) and not (disk / "ballast").exists():
             take_all(disk / "ballast")
 
-    model, settings = str(tiny("qwen3_moe", tokenizer=True)), Settings(tokens=150)
+    model, settings = str(tiny("qwen3_moe", tokenizer=True, num_hidden_layers=2)), Settings(tokens=150)
     with pytest.raises(CheckpointError, match=r"out\.partial.* (is full: free some space|has .* for it: free)"):
         fit(model, str(task), "50%", out, settings, note=other_program)
     assert sorted(os.listdir(disk)) == ["ballast", "out.partial"]
