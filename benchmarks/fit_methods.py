@@ -22,12 +22,14 @@ from report import ROOT, publish
 
 sys.path.insert(0, str(ROOT))  # the recipe says what mini was not trained on
 
+from moedge.compress.division import up_to
 from moedge.compress.evaluate import Quality, Reference, measure
-from moedge.compress.fit import Settings, choose, profiled, shape_of, up_to
+from moedge.compress.fit import Settings, choose, profiled
 from moedge.compress.importance import METHODS, Statistics
 from moedge.compress.opening import PASS, opened
 from moedge.compress.plan import Shape
 from moedge.compress.samples import Sample, Task, windows
+from moedge.compress.shape import shape_of
 from moedge.measure.templates import TEMPLATES
 from moedge.models.load import draw
 from moedge.terminal import console
@@ -64,7 +66,7 @@ def pools(name: str, data: Path, texts: Any) -> tuple[Task, Task]:
         return passages(name, texts[name].train, 300, 0), passages(name, texts[name].held_out, 40, 1)
     trained, held = tasks.training(data, texts)[name].records, tasks.held_out(data, texts)[name]
     test = questions(name, held, QUESTIONS, 1)
-    choices = max(len(sample.choices or ()) for sample in test.samples)
+    choices = max(len(sample.choices or ()) for sample in test.samples) or 12  # without, it writes
     return questions(name, trained, 6000, 0), test.take(0, QUESTIONS * 4 // max(4, choices))  # each choice is read
 
 

@@ -16,8 +16,9 @@ import click
 from fit_methods import DOMAINS, FIT_TOKENS, TASKS, TEST_TOKENS, pools
 from report import ROOT, publish
 
+from moedge.compress.division import up_to
 from moedge.compress.evaluate import Reference, measure
-from moedge.compress.fit import profiled, up_to
+from moedge.compress.fit import profiled
 from moedge.compress.importance import METHODS, super_experts
 from moedge.compress.opening import PASS, opened
 from moedge.compress.partition import ranking

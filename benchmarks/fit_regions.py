@@ -16,7 +16,8 @@ import numpy as np
 from fit_methods import DOMAINS, FIT_TOKENS, TASKS, pools
 from report import RESULTS, ROOT, publish
 
-from moedge.compress.fit import profiled, up_to
+from moedge.compress.division import up_to
+from moedge.compress.fit import profiled
 from moedge.compress.opening import PASS, opened
 from moedge.compress.partition import shares
 from moedge.compress.samples import windows
