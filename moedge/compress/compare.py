@@ -5,7 +5,7 @@ Knows neither how experts are chosen nor how a model is narrowed: `candidate` gi
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 from moedge.compress import page
 from moedge.compress.evaluate import Note, Quality, Reference, measure
 from moedge.compress.page import Block, Heading, Paragraph, Plot, Table
+from moedge.compress.samples import Task
 from moedge.errors import DataError
 from moedge.measure.plots import Axis, lines
 from moedge.runtime.session import Model
@@ -98,10 +99,9 @@ class Journal:
         self.rows[row.method, row.share] = row
 
 
-def settings_of(references: Mapping[str, Reference], **more: Any) -> dict[str, Any]:
-    """What rows are valid for: the tests' samples, how many tokens of them were measured, and what the caller adds."""
-    tests = {name: [some.task.fingerprint, some.quality.tokens] for name, some in references.items()}
-    return {"tests": tests} | more
+def settings_of(tests: Iterable[Task], **more: Any) -> dict[str, Any]:
+    """What rows are valid for: the tests' samples, and what the caller adds, as how many tokens of them are read."""
+    return {"tests": {task.name: task.fingerprint for task in tests}} | more
 
 
 def compare(

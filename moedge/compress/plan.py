@@ -190,6 +190,6 @@ def _thresholds(parts: Sequence[Partition], alpha: float | None) -> str:
     alphas = [part.alpha for part in parts]
     how = "found from what is negligible" if alpha is None else "as given"
     return (
-        f"beta {min(betas):.4f} to {max(betas):.4f} of a layer's importance, found from the budget; "
-        f"alpha {min(alphas):.4f} to {max(alphas):.4f}, {how}"
+        f"beta {min(betas):.2g} to {max(betas):.2g} of a layer's importance, found from the budget; "
+        f"alpha {min(alphas):.2g} to {max(alphas):.2g}, {how}"
     )

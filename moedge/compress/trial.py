@@ -26,6 +26,7 @@ from moedge.runtime.lm import LM
 from moedge.runtime.pack import source_of
 
 ROWS, PROFILE = "rows.jsonl", "profile.npz"
+RESULTS = ("compare.md", "compare.json", "compare.html")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Compared:
 
     def save(self, folder: Path) -> None:
         """compare.md, compare.json and compare.html, each whole or not there."""
-        page.write_text(folder / "compare.md", f"# {self.title}\n\n{self.markdown()}")
+        page.write_text(folder / "compare.md", f"# {self.title}\n\n{self.markdown()}\n")
         page.write_text(folder / "compare.json", json.dumps(self.as_dict(), indent=1) + "\n")
         page.write_text(folder / "compare.html", html(self.title, self.rows, self.full))
 
@@ -77,20 +78,30 @@ def compare_methods(
     shape = shape_of(blueprint)
     for share in shares:
         parse_budget(share_text(share), shape)
-    if out.exists() and not (out / ROWS).exists():
-        raise CheckpointError(f"{out} exists already, and is no comparison that was begun: choose another name")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / ROWS).touch()
-    with ExitStack() as stack:
+    about = {"model": source_of(blueprint), "profiled": task.fingerprint}
+    about |= {name: getattr(settings, name) for name in ("tokens", "scope", "protect")}
+    with _begun(out), ExitStack() as stack:
+        journal = Journal(out / ROWS, settings_of(tests, **about))  # which refuses rows of other settings
         references, seen = _read(stack, model, task, tests, settings, out / PROFILE, note)
-        about = {"model": source_of(blueprint), "profiled": task.fingerprint, "tokens": settings.tokens}
-        journal = Journal(out / ROWS, settings_of(references, **about, protect=settings.protect))
         trial = _Trial(model, shape, seen, settings)
         rows = tuple(compare(methods, shares, references, trial.candidate, journal, note))
         full = {name: reference.quality for name, reference in references.items()}
     compared = Compared(f"{Path(model).name} for {task.name}: methods compared", full, rows, tuple(warnings))
     compared.save(out)
     return compared
+
+
+@contextmanager
+def _begun(out: Path) -> Iterator[None]:
+    """The folder of a comparison, a new one or one to go on in; gone again where nothing was done in it."""
+    if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {ROWS, PROFILE, *RESULTS}):
+        raise CheckpointError(f"{out} exists already, and is no comparison that was begun: choose another name")
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if not any(out.iterdir()):
+            out.rmdir()
 
 
 def _read(

@@ -35,10 +35,14 @@ Examples:
 @click.option("--budget", default="50%", show_default=True, help="50% of the experts, experts=16, or 800MiB on disk.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The folder that is made.")
 @click.option("--method", default="default", help="What an expert is worth; see docs/compress.md.")
-@click.option("--scope", type=click.Choice(["text", "answer"]), default="text", help="Of a question, what counts.")
-@click.option("--tokens", type=click.IntRange(2), default=8192, show_default=True, help="Read for the profile.")
+@click.option(
+    "--scope", type=click.Choice(["text", "answer"]), default="text", help="The tokens of a question that count."
+)
+@click.option(
+    "--tokens", type=click.IntRange(2), default=8192, show_default=True, help="Read for the profile; half as many test."
+)
 @click.option("--test-share", type=click.FloatRange(0, 1, True, True), default=0.2, help="Samples kept for the test.")
-@click.option("--seed", type=int, default=0, help="Of the division of the samples.")
+@click.option("--seed", type=int, default=0, help="Divides the samples in another way.")
 @click.option("--protect", default="auto", help="Experts that stay: auto, none, or layer:expert,...")
 @click.option("--alpha", type=click.FloatRange(0, 1), help="At most this share of a layer's importance is cold.")
 @click.option("--beta", type=click.FloatRange(0, 1), help="Keep what has more than this share, whatever the budget.")

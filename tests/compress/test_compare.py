@@ -61,7 +61,7 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path: Path) -> None:
     path, notes = tmp_path / "rows.jsonl", list[str]()
     with Reference.of(tiny_lm(), TEXT) as reference:
         tests, methods, shares = {"words": reference}, ["a", "b"], (0.5, 0.25)
-        settings = settings_of(tests, seed=1)
+        settings = settings_of([TEXT], seed=1)
         killed = Candidates(fail_at=3)
         with pytest.raises(RuntimeError, match="killed"):
             list(compare(methods, shares, tests, killed, Journal(path, settings), notes.append))
@@ -78,10 +78,9 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path: Path) -> None:
         assert list(Journal(path, settings).rows.values()) == rows
         assert [Row.from_dict(json.loads(json.dumps(r.as_dict()))) for r in rows] == rows
         with pytest.raises(DataError, match="1 was measured with seed 1, now it is 2: use that again, or delete"):
-            Journal(path, settings_of(tests, seed=2))
-        fewer = Reference.of(tiny_lm(), TEXT.take(0, 1))
-        with fewer, pytest.raises(DataError, match="measured with tests"):
-            Journal(path, settings_of({"words": fewer}, seed=1))
+            Journal(path, settings_of([TEXT], seed=2))
+        with pytest.raises(DataError, match="measured with tests"):
+            Journal(path, settings_of([TEXT.take(0, 1)], seed=1))
 
 
 def test_a_journal_that_is_none_is_an_error(tmp_path: Path) -> None:

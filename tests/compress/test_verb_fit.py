@@ -206,6 +206,10 @@ def test_compare(model: Path, task: Path, tmp_path: Path, moedge: Moedge) -> Non
     after = (out / "rows.jsonl").read_text()
     assert after.startswith(before)
     assert len(after.splitlines()) == 4
+    for more, differs in ((("--scope", "answer"), "scope 'text', now it is 'answer'"), (("--seed", 1), "profiled")):
+        code, _, stderr = moedge(*common, "default", "--budgets", "50%", *more)
+        assert (code, f"was measured with {differs}" in stderr) == (1, True), stderr
+    assert (out / "rows.jsonl").read_text() == after
 
 
 @pytest.mark.parametrize(
@@ -224,9 +228,9 @@ def test_bad_comparison(
     assert (code, stdout) == (1, "")
     assert message in stderr
     assert sorted(os.listdir(tmp_path)) == ["my task"]
-    (tmp_path / "out").mkdir()
-    code, _, stderr = moedge("fit", model, "--task", task, "-o", tmp_path / "out", "--compare", "ean")
+    code, _, stderr = moedge("fit", model, "--task", task, "-o", task.parent, "--compare", "ean")
     assert (code, "exists already, and is no comparison that was begun" in stderr) == (1, True)
+    assert os.listdir(task.parent) == [task.name]
 
 
 def test_mini_in_a_process_of_its_own(
