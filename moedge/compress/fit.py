@@ -283,7 +283,7 @@ class _Run:
         made.rmdir()
         card = self.blueprint.folder / "README.md"
         text = card.read_text(encoding="utf-8", errors="replace") if card.exists() else None
-        (folder / "README.md").write_text(model_card(report, text), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(report, text, self._loader), encoding="utf-8")
         report.save(folder)
         scores = tuple(tuple(row) for row in choice.plan.scores.tolist())
         counts = (self.shape.num_experts,) * self.shape.layers
@@ -321,6 +321,13 @@ class _Run:
             seconds=self.seconds,
             warnings=(*self.warnings, *_unrouted(len(unrouted))),
         )
+
+    @property
+    def _loader(self) -> str:
+        """What loads the result: see model_card."""
+        if self.settings.bits:
+            return "moedge"
+        return "AutoModelForSeq2SeqLM" if self.blueprint.anatomy.encoder_decoder else "AutoModelForCausalLM"
 
     def _noting(self, title: str) -> Note:
         return lambda text: self.note(f"{title}: {text}")

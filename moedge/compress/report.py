@@ -241,8 +241,10 @@ def _short(model: str) -> str:
     return Path(model).resolve().name or model
 
 
-def model_card(report: Report, source_card: str | None) -> str:
+def model_card(report: Report, source_card: str | None, loader: str = "AutoModelForCausalLM") -> str:
     """README.md of the exported folder: front matter for the hub, what was done, what it costs.
+
+    `loader`: the class of transformers that loads it; "moedge" where only moedge does, as what is packed.
 
     The licence is what the source's card states, else "unknown". Local paths and the command stay out of it.
     """
@@ -253,12 +255,12 @@ def model_card(report: Report, source_card: str | None) -> str:
     data.setdefault("license", "unknown")
     tags = [str(tag) for tag in source.get("tags") or []]
     data["tags"] = list(dict.fromkeys([*tags, "moe", "pruned", "moedge"]))
-    data |= {"base_model": _short(report.model), "library_name": "transformers"}
+    data |= {"base_model": _short(report.model), "library_name": "moedge" if loader == "moedge" else "transformers"}
     front = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-    return f"---\n{front}---\n\n{page.markdown(report.title, _card_blocks(report, data))}"
+    return f"---\n{front}---\n\n{page.markdown(report.title, _card_blocks(report, data, loader))}"
 
 
-def _card_blocks(report: Report, data: Mapping[str, Any]) -> Iterator[Block]:
+def _card_blocks(report: Report, data: Mapping[str, Any], loader: str) -> Iterator[Block]:
     name = _short(report.model)
     yield Paragraph(
         f"{name} with the experts that {report.task} needs, and without the others: made by moedge fit. It is for that "
@@ -269,11 +271,14 @@ def _card_blocks(report: Report, data: Mapping[str, Any]) -> Iterator[Block]:
     yield Table(["setting", "value"], list(settings.items()))
     yield Bullets([f"Warning: {warning}" for warning in report.warnings])
     yield Heading("Use")
-    yield Code(
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        'model = AutoModelForCausalLM.from_pretrained("this folder")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("this folder")'
-    )
+    if loader == "moedge":
+        yield Code('import moedge\n\nlm = moedge.load("this folder", memory="2GiB")')
+    else:
+        yield Code(
+            f"from transformers import {loader}, AutoTokenizer\n"
+            f'model = {loader}.from_pretrained("this folder")\n'
+            'tokenizer = AutoTokenizer.from_pretrained("this folder")'
+        )
     yield Heading("What was measured")
     yield Paragraph("On samples that the fit did not see. KL in nats a token, from the source model.")
     yield from quality_tables(report.before, report.after)

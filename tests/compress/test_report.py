@@ -211,3 +211,17 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         page.write_text(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["report.md"]
+
+
+@pytest.mark.parametrize(
+    ("loader", "shown", "library"),
+    [
+        ("AutoModelForSeq2SeqLM", "AutoModelForSeq2SeqLM.from_pretrained", "transformers"),
+        ("moedge", "moedge.load(", "moedge"),
+    ],
+)
+def test_the_card_shows_what_loads_the_model(loader: str, shown: str, library: str) -> None:
+    card = model_card(REPORT, None, loader)
+    assert shown in card
+    assert "AutoModelForCausalLM" not in card
+    assert yaml.safe_load(card.split("---\n")[1])["library_name"] == library
