@@ -111,10 +111,6 @@ class Library:
         """Rows from, to of a stored matrix to the address `out`, as fp32 or bf16."""
         self._c.moedge_dequantise(self._variant, byref(matrix), extent, *rows, bf16, out)
 
-    def stay_awake(self, on: bool) -> None:
-        """From True until False the threads wait for their next call awake, for about a millisecond each time."""
-        self._c.moedge_stay_awake(on)
-
     def read_sum(self, address: int, nbytes: int, threads: int) -> int:
         """Read memory once, as fast as it goes."""
         return int(self._c.moedge_read_sum(self._variant, address, nbytes, threads))
@@ -133,7 +129,6 @@ def _functions(path: Path) -> Any:
     c.moedge_rms_norm.restype, c.moedge_rms_norm.argtypes = None, (POINTER(Norm),)
     c.moedge_dequantise.restype = None
     c.moedge_dequantise.argtypes = (c_int, POINTER(Matrix), c_void_p, c_int, c_int, c_int, c_void_p)
-    c.moedge_stay_awake.restype, c.moedge_stay_awake.argtypes = None, (c_int,)
     c.moedge_read_sum.restype, c.moedge_read_sum.argtypes = ctypes.c_uint64, (c_int, c_void_p, ctypes.c_size_t, c_int)
     return c
 

@@ -91,9 +91,6 @@ void moedge_rms_norm(const moedge_norm *call);
 /* Rows begin to end of a matrix as fp32, or rounded to bf16, into out [end - begin, columns]. */
 void moedge_dequantise(int variant, const moedge_matrix *matrix, const uint8_t *extent, int begin, int end, int bf16,
                        void *out);
-/* From on = 1 until on = 0 the threads spin for a while between calls before they sleep: for many calls in a row, by a
-   caller whose other threads are idle. May be nested. */
-void moedge_stay_awake(int on);
 uint64_t moedge_read_sum(int variant, const uint8_t *memory, size_t nbytes, int threads); /* reads it all, once */
 
 #endif

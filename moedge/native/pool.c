@@ -1,17 +1,14 @@
 /* Threads sleep on a condition variable between jobs; within one they spin, as its phases end within microseconds of
-   each other. While a caller keeps them awake they spin for a while between jobs too, as waking one takes longer than
-   many a job. After a fork the child has none of them and makes its own. */
+   each other. After a fork the child has none of them and makes its own. */
 
 #include "pool.h"
-
-#include "moedge.h"
 
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <unistd.h>
 
-enum { LARGEST = 64, PATIENCE = 100000 /* spins between jobs: about a millisecond */ };
+enum { LARGEST = 64 };
 
 struct pool_barrier { atomic_int waiting, generation; };
 
@@ -20,8 +17,7 @@ static struct {
     pthread_cond_t wake;
     pid_t owner;
     int workers;              /* threads made so far */
-    atomic_ulong job_number;  /* changes under lock */
-    atomic_int awake;         /* callers that want no sleep between jobs */
+    unsigned long job_number; /* under lock */
     int taking_part;          /* workers below this number join the job; under lock */
     void (*job)(void *, int, int, pool_barrier *);
     void *context;
@@ -50,19 +46,16 @@ void pool_wait(pool_barrier *barrier, int threads) {
 static void *work(void *argument) {
     int me = (int)(long)argument;
     unsigned long seen = 0;
+    pthread_mutex_lock(&pool.lock);
     for (;;) {
-        for (int spin = 0; spin < PATIENCE && atomic_load(&pool.job_number) == seen; spin++) {
-            if (!atomic_load(&pool.awake)) break;
-            relax(spin);
-        }
-        pthread_mutex_lock(&pool.lock);
         while (pool.job_number == seen) pthread_cond_wait(&pool.wake, &pool.lock);
         seen = pool.job_number;
         int threads = pool.taking_part;
-        pthread_mutex_unlock(&pool.lock);
         if (me >= threads) continue;
+        pthread_mutex_unlock(&pool.lock);
         pool.job(pool.context, me, threads, &pool.barrier);
         atomic_fetch_sub(&pool.running, 1);
+        pthread_mutex_lock(&pool.lock);
     }
     return NULL;
 }
@@ -107,5 +100,3 @@ void pool_run(int threads, void (*job)(void *, int, int, pool_barrier *), void *
     for (int spin = 0; atomic_load(&pool.running); spin = (spin + 1) & 0xffff) relax(spin);
     pthread_mutex_unlock(&pool.busy);
 }
-
-void moedge_stay_awake(int on) { atomic_fetch_add(&pool.awake, on ? 1 : -1); }

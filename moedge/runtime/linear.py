@@ -111,8 +111,8 @@ class CodedBackbone:
     """
 
     def __init__(self, model: PreTrainedModel, checkpoint: PackedCheckpoint, dtype: torch.dtype) -> None:
-        self.library = native.load()
-        self._speeds = calibrated(self.library, torch.get_num_threads())
+        self._library = native.load()
+        self._speeds = calibrated(self._library, torch.get_num_threads())
         self._matrices: dict[str, CodedMatrix] = {}  # module path -> its matrix
         modules = coded_modules(model, checkpoint.manifest.coded)
         for name, paths in modules.items():
@@ -129,7 +129,7 @@ class CodedBackbone:
             parent, _, leaf = path.rpartition(".")
             old = model.get_submodule(path)
             if isinstance(old, nn.Linear):
-                new: nn.Module = CodedLinear(matrix, old.bias, self.library, self._speeds)
+                new: nn.Module = CodedLinear(matrix, old.bias, self._library, self._speeds)
             else:
                 assert isinstance(old, nn.Embedding)
                 new = CodedEmbedding(matrix, old.padding_idx)
@@ -140,5 +140,5 @@ class CodedBackbone:
 
     def put_norms(self, model: PreTrainedModel) -> None:
         """Once the weights are loaded: as bit-equality is given up anyway, norms take the fast path too."""
-        if self.library is not None:
-            put_fast_norms(model, self.library)
+        if self._library is not None:
+            put_fast_norms(model, self._library)

@@ -31,7 +31,6 @@ from moedge.runtime.store import DiskStore
 from moedge.units import format_size, parse_size
 
 if TYPE_CHECKING:
-    from moedge.native.library import Library
     from moedge.runtime.linear import CodedBackbone
 
 
@@ -54,7 +53,6 @@ class LM:
     ) -> None:
         self.model, self.store, self.plan = model, store, plan
         self.anatomy: Anatomy = blueprint.anatomy
-        self.kernels: Library | None = None  # where they compute all that is large, experts and backbone
         self._tokenizer = tokenizer
         self._folder = blueprint.folder
         connect(sources, store)
@@ -186,9 +184,7 @@ def _assemble(
         for source, layer in zip(sources, coded_layers(model, blueprint.anatomy, experts), strict=True):
             source.coded = layer
     store = DiskStore(experts, DirectReader(blueprint.checkpoint), caches, plan.spare)
-    lm = LM(model, tokenizer, store, plan, blueprint, sources)
-    lm.kernels = coded.library if coded is not None else None
-    return lm
+    return LM(model, tokenizer, store, plan, blueprint, sources)
 
 
 def _release(store: DiskStore, blueprint: Blueprint, sources: Sequence[ExpertSource]) -> None:

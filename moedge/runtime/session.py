@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moedge.errors import ContextError, DataError, ModelError
 from moedge.runtime.forward import all_logits, continues, croppable, last_hidden, last_logits, vocabulary
-from moedge.runtime.team import one_team
 
 T = TypeVar("T")
 
@@ -111,8 +110,7 @@ class Session:
 
     def push(self, token: int) -> Tensor:
         """Append one token; its position's logits [V]."""
-        with one_team(getattr(self.lm, "kernels", None)):
-            return self._append([token], last_logits)
+        return self._append([token], last_logits)
 
     def stream(self, ids: Sequence[int], start: int = 0) -> Iterator[Tensor]:
         """Hold exactly `ids`; the logits [t, V] of positions `start` to the end, in chunks of positions in order."""

@@ -152,13 +152,14 @@ def test_the_guesser_counts() -> None:
 
 def test_a_model_that_cannot_read_the_samples_is_noticed() -> None:
     lm = tiny_lm()  # random: no text is one that it reads
-    with (
-        Reference.of(lm, TEXT) as reference,
-        pytest.raises(
+    with Reference.of(lm, TEXT) as reference:
+        assert reference.entropy > 0.9
+        check_reads(reference)  # nor could it read any other
+        reference.entropy = 0.5  # one that has learnt something
+        with pytest.raises(
             DataError, match=r"cannot read the samples of task 'words': its perplexity is \S+, counting the \d+ tokens"
-        ),
-    ):
-        check_reads(reference)
+        ):
+            check_reads(reference)
 
 
 def test_mini_reads_english_and_neither_swedish_nor_a_cipher(mini: Callable[[], FakeLM]) -> None:
@@ -188,6 +189,7 @@ def test_a_model_that_answers_reads_whatever_the_form() -> None:
     lm = tiny_lm()
     with Reference.of(lm, Task("q", QUESTIONS.samples[:3] * 20, "questions")) as reference:
         assert reference.nats > reference.guess_nats
+        reference.entropy = 0.5  # as if it were trained
         reference.quality = Quality(9.0, 1.0, 0, 1, 100, 60, accuracy=0.9, chance=1 / 3)
         check_reads(reference)
         reference.quality = Quality(9.0, 1.0, 0, 1, 100, 60, accuracy=0.4, chance=1 / 3)

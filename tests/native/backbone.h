@@ -27,10 +27,8 @@ static void check_linear(int v, int code) {
     uint8_t *workspace = allocate(moedge_linear_workspace(&m, count));
     moedge_rows call = {count, x_code, out_code, x, out, workspace};
     moedge_linear(v, &m, extent.bytes, &call, 1);
-    moedge_stay_awake(1);
     call.out = again;
     moedge_linear(v, &m, extent.bytes, &call, 1 + below(3));
-    moedge_stay_awake(0);
     if (memcmp(out, again, (size_t)(count * rows) * out_each)) fail("linear by threads", v, &m, count, 1, 0);
     double *wide = allocate((size_t)columns * 8);
     for (int i = 0; i < count; i++) {
