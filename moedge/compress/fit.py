@@ -25,7 +25,7 @@ from moedge.compress.importance import METHODS, Statistics, super_experts
 from moedge.compress.index import Match, TaskIndex, check_name, spread
 from moedge.compress.opening import PASS, opened
 from moedge.compress.plan import Budget, FitPlan, Shape, by_thresholds, make_plan, parse_budget, with_room
-from moedge.compress.profile import Counted, first_layer, identity_of, passes, profile
+from moedge.compress.profile import Counted, first_layer, identity_of, nothing_seen, passes, profile
 from moedge.compress.report import Layer, Report, model_card
 from moedge.compress.samples import Scope, Task, Windows, read_task
 from moedge.compress.shape import drawn, format_of, shape_of
@@ -90,8 +90,7 @@ def profiled(
     `keep`: a file to go on from; what it holds of other samples is replaced.
     """
     groups = passes(list(some), PASS, lm.anatomy.encoder_decoder)
-    layers = lm.anatomy.layers
-    total, first = Statistics.empty(len(layers), max(layer.num_experts for layer in layers)), list[Floats]()
+    total, first = nothing_seen(lm), list[Floats]()
     what = identity_of(groups)
     if keep is not None and keep.exists():
         found, more = Statistics.load(keep)

@@ -83,20 +83,21 @@ def profile(lm: LM, groups: Passes, done: int = 0) -> Iterator[Statistics]:
 def first_layer(lm: LM, groups: Passes) -> Iterator[Statistics]:
     """As `profile`, but no further than the first layer's router, whose `mass` and `counts` are filled."""
     for group in groups:
-        watch = _Watch(_empty(lm))
+        watch = _Watch(nothing_seen(lm))
         with suppress(_Reached), watch.over(lm.model, lm.anatomy.layers[:1], stop=True):
             _read(lm, group, watch)
         yield watch.seen
 
 
 def _one_pass(lm: LM, group: Sequence[Counted]) -> Statistics:
-    watch = _Watch(_empty(lm))
+    watch = _Watch(nothing_seen(lm))
     with watch.over(lm.model, lm.anatomy.layers):
         _read(lm, group, watch)
     return watch.seen
 
 
-def _empty(lm: LM) -> Statistics:
+def nothing_seen(lm: LM) -> Statistics:
+    """The statistics of a model on no token."""
     layers = lm.anatomy.layers
     return Statistics.empty(len(layers), max(layer.num_experts for layer in layers))
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -44,9 +45,21 @@ def curriculum(step: int, decay: float) -> tuple[Mapping[str, float], int]:
     return DECAY_SHARES, LONG_ROW if step % LONG_EVERY == 0 else ROW
 
 
+def common(end: int, turn: int) -> dict[str, Any]:
+    """What the configs of the models that are trained so have alike: vocabulary, context and special tokens."""
+    return {
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": LONG_ROW,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        "bos_token_id": None,
+        "eos_token_id": [end, turn],
+        "pad_token_id": end,
+    }
+
+
 def make_model(end: int, turn: int) -> Qwen3MoeForCausalLM:
     config = Qwen3MoeConfig(  # type: ignore[call-arg]
-        vocab_size=VOCABULARY,
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=6,
@@ -57,12 +70,7 @@ def make_model(end: int, turn: int) -> Qwen3MoeForCausalLM:
         num_experts_per_tok=4,
         moe_intermediate_size=64,
         norm_topk_prob=True,
-        tie_word_embeddings=True,
-        max_position_embeddings=LONG_ROW,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        bos_token_id=None,
-        eos_token_id=[end, turn],
-        pad_token_id=end,
+        **common(end, turn),
     )
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(config)

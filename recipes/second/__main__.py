@@ -15,13 +15,12 @@ from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
 from moedge.train.data import Mixture
 from moedge.train.kernels import install
 from moedge.train.loop import Settings, checkpoints, train
-from recipes.mini.prepare import END, TURN, VOCABULARY, prepare, streams
-from recipes.mini.run import LONG_ROW, curriculum
+from recipes.mini.prepare import END, TURN, prepare, streams
+from recipes.mini.run import common, curriculum
 
 
 def make_model(end: int, turn: int) -> OlmoeForCausalLM:
     config = OlmoeConfig(  # type: ignore[call-arg]
-        vocab_size=VOCABULARY,
         hidden_size=128,
         intermediate_size=64,
         num_hidden_layers=4,
@@ -30,12 +29,7 @@ def make_model(end: int, turn: int) -> OlmoeForCausalLM:
         num_experts=16,
         num_experts_per_tok=2,
         norm_topk_prob=False,
-        tie_word_embeddings=True,
-        max_position_embeddings=LONG_ROW,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        bos_token_id=None,
-        eos_token_id=[end, turn],
-        pad_token_id=end,
+        **common(end, turn),
     )
     torch.manual_seed(1)
     model = OlmoeForCausalLM(config)

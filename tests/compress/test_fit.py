@@ -1,8 +1,7 @@
 """A fit from end to end: its result runs everywhere alike, the dials do what they say, bad input leaves nothing."""
 
-import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from moedge.models.tiny import make_tiny
 from moedge.runtime.lm import load
 from moedge.runtime.pack import pack
 
+pytestmark = pytest.mark.usefixtures("few_objects")
 Tiny = Callable[..., Path]
 SWITCH = {"num_layers": 2, "num_decoder_layers": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
 FAMILIES = {  # of two MoE layers each
@@ -34,14 +34,6 @@ FAMILIES = {  # of two MoE layers each
     "qwen2_moe": {"num_hidden_layers": 2},
 }
 QUICK: dict[str, Any] = {"tokens": 40}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _few_objects() -> Iterator[None]:
-    """A fit collects garbage when it closes a model: what other tests hold need not be looked through."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

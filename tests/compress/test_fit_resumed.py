@@ -1,6 +1,5 @@
 """A fit that is killed, interrupted, or runs out of disk: nothing under the final name, and the next run goes on."""
 
-import gc
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from moedge.compress.fit import Settings, fit
 from moedge.errors import CheckpointError, MemoryLimitError
 from moedge.runtime.journal import Unfinished
 
+pytestmark = pytest.mark.usefixtures("few_objects")
 Tiny = Callable[..., Path]
 TIMED = ("fit.json", "report.md", "report.html")  # which say how long it took
 KILLED = """
@@ -52,13 +52,6 @@ for kill in [*map(int, kills), 0]:
     print("ended", os.WTERMSIG(status), sorted(os.listdir(Path(out).parent)), flush=True)
     assert kill or not status
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _few_objects() -> Iterator[None]:
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

@@ -1,11 +1,10 @@
 """`moedge fit` as it is typed: what goes to stdout and stderr, exit codes, and bad input, which leaves nothing."""
 
-import gc
 import json
 import os
 import random
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,10 @@ from moedge.cli import main
 from moedge.compress.importance import METHODS
 from moedge.compress.report import Report
 
+pytestmark = pytest.mark.usefixtures("few_objects")
 Tiny = Callable[..., Path]
 Moedge = Callable[..., tuple[int, str, str]]
 MINI = Path(__file__).resolve().parents[2] / "checkpoints" / "mini"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _few_objects() -> Iterator[None]:
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture
