@@ -5,11 +5,13 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny models are quicker so, and two cores stay usable
 
 import ctypes
+import gc
 import ipaddress
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,12 @@ import pytest
 
 DISK = 1 << 21  # bytes of the small disk
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_finish() -> None:
+    """The libraries are imported: collecting garbage need not look at their objects each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -72,6 +80,30 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
     finally:
         assert libc.umount2(bytes(folder), 2) == 0  # MNT_DETACH
+
+
+@dataclass
+class Outcome:
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def moedge_here(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """`moedge_here("run", folder, ...)`: the command line in this process, for what needs no process of its own."""
+
+    def call(*args: object) -> Outcome:
+        from moedge import cli
+
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main([str(argument) for argument in args])
+        out, err = capsys.readouterr()
+        return Outcome(int(exit_info.value.code or 0), out, err)
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from moedge import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "The sea was calm"
@@ -59,26 +56,6 @@ def half_memory_there(model: Path, moedge_command: Callable[..., Any]) -> int:
     done = moedge_command("plan", model, "--memory", "1TiB", "--context", 512, "--json")
     assert done.returncode == 0, done.stderr
     return half_memory(json.loads(done.stdout))
-
-
-@dataclass
-class Outcome:
-    status: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def moedge_here(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """The command in this process: quick, for what needs no process of its own."""
-
-    def call(*args: object) -> Outcome:
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main([str(argument) for argument in args])
-        out, err = capsys.readouterr()
-        return Outcome(int(exit_info.value.code or 0), out, err)
-
-    return call
 
 
 @pytest.fixture
@@ -136,7 +113,7 @@ def test_killed_while_running_leaves_nothing_and_the_next_run_is_right(
     model: Path,
     tmp_path: Path,
     start: Callable[..., Any],
-    moedge_here: Callable[..., Outcome],
+    moedge_here: Callable[..., Any],
     right_answer: Callable[[int], str],
 ) -> None:
     before = listing(model)
@@ -147,9 +124,9 @@ def test_killed_while_running_leaves_nothing_and_the_next_run_is_right(
     assert child.returncode == -signal.SIGKILL
     assert listing(model) == before
     assert listing(tmp_path / "left") == {}
-    again = moedge_here(*run_args(model, LONG, memory=half_memory_here(model)), "--json")
+    again = moedge_here(*run_args(model, 40, memory=half_memory_here(model)), "--json")
     assert again.status == 0, again.err
-    assert json.loads(again.out)["text"] == right_answer(LONG)
+    assert json.loads(again.out)["text"] == right_answer(40)
 
 
 def test_interrupted_while_answering(model: Path, start: Callable[..., Any]) -> None:
@@ -259,7 +236,7 @@ def damage(folder: Path, how: str) -> str:
     ],
 )
 @pytest.mark.parametrize("verb", ["run", "plan"])
-def test_a_damaged_checkpoint_is_named(how: str, verb: str, broken: Path, moedge_here: Callable[..., Outcome]) -> None:
+def test_a_damaged_checkpoint_is_named(how: str, verb: str, broken: Path, moedge_here: Callable[..., Any]) -> None:
     name = damage(broken, how)
     done = moedge_here(*(run_args(broken) if verb == "run" else ["plan", broken]))
     assert (done.status, done.out) == (1, "")
@@ -269,7 +246,7 @@ def test_a_damaged_checkpoint_is_named(how: str, verb: str, broken: Path, moedge
 
 
 @pytest.mark.parametrize("where", ["nowhere", "a file", "an empty folder"])
-def test_what_is_no_checkpoint(where: str, tmp_path: Path, moedge_here: Callable[..., Outcome]) -> None:
+def test_what_is_no_checkpoint(where: str, tmp_path: Path, moedge_here: Callable[..., Any]) -> None:
     path = tmp_path / "x"
     if where == "a file":
         path.write_text("x")
@@ -284,9 +261,7 @@ def test_what_is_no_checkpoint(where: str, tmp_path: Path, moedge_here: Callable
 
 
 @pytest.mark.parametrize("verb", ["run", "plan"])
-def test_a_limit_below_the_minimum_says_what_it_takes(
-    verb: str, model: Path, moedge_here: Callable[..., Outcome]
-) -> None:
+def test_a_limit_below_the_minimum_says_what_it_takes(verb: str, model: Path, moedge_here: Callable[..., Any]) -> None:
     extra = ["-p", PROMPT] if verb == "run" else []
     done = moedge_here(verb, model, *extra, "--memory", "5MiB")
     assert (done.status, done.out) == (1, "")
@@ -295,14 +270,14 @@ def test_a_limit_below_the_minimum_says_what_it_takes(
 
 
 @pytest.mark.parametrize("size", ["lots", "-5MiB", "600MiX"])
-def test_a_size_that_is_none_is_a_usage_error(size: str, model: Path, moedge_here: Callable[..., Outcome]) -> None:
+def test_a_size_that_is_none_is_a_usage_error(size: str, model: Path, moedge_here: Callable[..., Any]) -> None:
     done = moedge_here("plan", model, f"--memory={size}")
     assert done.status == 2
     assert size in done.err
 
 
 @pytest.mark.parametrize("prompt", ["", " "])
-def test_an_empty_prompt(prompt: str, model: Path, moedge_here: Callable[..., Outcome]) -> None:
+def test_an_empty_prompt(prompt: str, model: Path, moedge_here: Callable[..., Any]) -> None:
     """It continues from the token that begins a text, or it is refused; it does not hang."""
     done = moedge_here("run", model, "-p", prompt, "-n", 3, "--json")
     assert "Traceback" not in done.err
@@ -312,7 +287,7 @@ def test_an_empty_prompt(prompt: str, model: Path, moedge_here: Callable[..., Ou
         assert json.loads(done.out)["tokens"] <= 3
 
 
-def test_a_prompt_that_is_no_text(model: Path, tmp_path: Path, moedge_here: Callable[..., Outcome]) -> None:
+def test_a_prompt_that_is_no_text(model: Path, tmp_path: Path, moedge_here: Callable[..., Any]) -> None:
     path = tmp_path / "prompt"
     path.write_bytes(b"\xff\xfe\x00")
     done = moedge_here("run", model, "-f", path)
@@ -321,7 +296,7 @@ def test_a_prompt_that_is_no_text(model: Path, tmp_path: Path, moedge_here: Call
 
 
 @pytest.mark.parametrize("memory", [True, False])
-def test_a_prompt_longer_than_the_context(memory: bool, model: Path, moedge_here: Callable[..., Outcome]) -> None:
+def test_a_prompt_longer_than_the_context(memory: bool, model: Path, moedge_here: Callable[..., Any]) -> None:
     limit = ["--memory", half_memory_here(model)] if memory else []
     done = moedge_here("run", model, "-p", "word " * 100, "-n", 4, "--context", 64, *limit)
     assert (done.status, done.out) == (1, "")
@@ -329,13 +304,13 @@ def test_a_prompt_longer_than_the_context(memory: bool, model: Path, moedge_here
     assert "context" in done.err
 
 
-def test_a_prompt_longer_than_the_model_can_read(model: Path, moedge_here: Callable[..., Outcome]) -> None:
+def test_a_prompt_longer_than_the_model_can_read(model: Path, moedge_here: Callable[..., Any]) -> None:
     done = moedge_here("run", model, "-p", "word " * 600, "-n", 4)
     assert "Traceback" not in done.err
     assert done.status in (0, 1)
 
 
-def test_an_answer_that_reaches_the_end_of_the_context(model: Path, moedge_here: Callable[..., Outcome]) -> None:
+def test_an_answer_that_reaches_the_end_of_the_context(model: Path, moedge_here: Callable[..., Any]) -> None:
     done = moedge_here("run", model, "-p", PROMPT, "-n", 400, "--context", 40, "--json")
     assert "Traceback" not in done.err
     if done.status == 0:

@@ -22,7 +22,6 @@ from moedge.models.tiny import make_tiny
 from moedge.runtime.lm import load
 from moedge.runtime.pack import pack
 
-pytestmark = pytest.mark.usefixtures("few_objects")
 Tiny = Callable[..., Path]
 SWITCH = {"num_layers": 2, "num_decoder_layers": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
 FAMILIES = {  # of two MoE layers each

@@ -16,7 +16,6 @@ from moedge.compress.fit import Settings, fit
 from moedge.errors import CheckpointError, MemoryLimitError
 from moedge.runtime.journal import Unfinished
 
-pytestmark = pytest.mark.usefixtures("few_objects")
 Tiny = Callable[..., Path]
 TIMED = ("fit.json", "report.md", "report.html")  # which say how long it took
 KILLED = """

@@ -15,7 +15,6 @@ from moedge.cli import main
 from moedge.compress.importance import METHODS
 from moedge.compress.report import Report
 
-pytestmark = pytest.mark.usefixtures("few_objects")
 Tiny = Callable[..., Path]
 Moedge = Callable[..., tuple[int, str, str]]
 MINI = Path(__file__).resolve().parents[2] / "checkpoints" / "mini"

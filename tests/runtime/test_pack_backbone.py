@@ -192,12 +192,12 @@ def test_numbers_that_are_none_are_named(tmp_path: Path) -> None:
         pack(model, tmp_path / "out", backbone=8)
 
 
-def test_the_command(tiny: Tiny, tmp_path: Path, moedge_command: Any) -> None:
-    done = moedge_command("pack", tiny("qwen3_moe"), tmp_path / "out", "--backbone", "4", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["backbone_bits"] == 4
-    assert moedge_command("info", tmp_path / "out").returncode == 0
-    done = moedge_command("pack", "--verify", tmp_path / "out", "--backbone", "4")
-    assert "no other settings" in done.stderr
+def test_the_command(tiny: Tiny, tmp_path: Path, moedge_here: Any) -> None:
+    done = moedge_here("pack", tiny("qwen3_moe"), tmp_path / "out", "--backbone", "4", "--json")
+    assert done.status == 0, done.err
+    assert json.loads(done.out)["backbone_bits"] == 4
+    assert moedge_here("info", tmp_path / "out").status == 0
+    done = moedge_here("pack", "--verify", tmp_path / "out", "--backbone", "4")
+    assert "no other settings" in done.err
     with pytest.raises(ModelError, match="packed already"):
         pack(tmp_path / "out", tmp_path / "again")

@@ -30,6 +30,20 @@ def texts(tmp_path: Path) -> Path:
     return tmp_path / "texts.txt"
 
 
+@pytest.fixture(scope="module")
+def model(tiny: Tiny) -> Path:
+    return tiny("qwen3_moe", tokenizer=True, num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a run that nothing stops writes."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    (folder / "texts.txt").write_text(TEXT)
+    pack(model, folder / "whole", INT4, calibrate=folder / "texts.txt")
+    return contents(folder / "whole")
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -51,10 +65,8 @@ def test_it_is_nearer_to_the_model(tiny: Tiny, tmp_path: Path, texts: Path) -> N
 
 @pytest.mark.parametrize("fail_at", ["experts", "moments"])
 def test_it_goes_on_with_what_was_measured(
-    fail_at: str, tiny: Tiny, tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+    fail_at: str, model: Path, whole: dict[str, bytes], tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny("qwen3_moe", tokenizer=True)
-    pack(model, tmp_path / "whole", INT4, calibrate=texts)
     measured: list[int] = []
     real = profiling.measure
     monkeypatch.setattr(profiling, "measure", lambda *args: measured.append(1) or real(*args))
@@ -69,7 +81,7 @@ def test_it_goes_on_with_what_was_measured(
     assert (tmp_path / "out.partial" / MOMENTS).exists()
     pack(model, tmp_path / "out", INT4, calibrate=texts)
     assert len(measured) == (1 if fail_at == "experts" else 2)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "out") == whole
 
 
 def stopped(model: Path, out: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -91,10 +103,8 @@ def stopped(model: Path, out: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("damage", ["flipped", "short", "gone"])
 def test_damaged_moments_are_measured_again(
-    damage: str, tiny: Tiny, tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+    damage: str, model: Path, whole: dict[str, bytes], tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny("qwen3_moe", tokenizer=True)
-    pack(model, tmp_path / "whole", INT4, calibrate=texts)
     moments = stopped(model, tmp_path / "out", texts, monkeypatch) / MOMENTS
     data = moments.read_bytes()
     if damage == "gone":
@@ -102,14 +112,13 @@ def test_damaged_moments_are_measured_again(
     else:
         moments.write_bytes(data[:-900] if damage == "short" else data[:500] + bytes([data[500] ^ 1]) + data[501:])
     pack(model, tmp_path / "out", INT4, calibrate=texts)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "out") == whole
 
 
 def test_moments_that_cannot_be_had_again_are_refused(
-    tiny: Tiny, tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on another machine, whose last bits differ."""
-    model = tiny("qwen3_moe", tokenizer=True)
     (stopped(model, tmp_path / "out", texts, monkeypatch) / MOMENTS).unlink()
     real = profiling.measure
 
@@ -122,8 +131,7 @@ def test_moments_that_cannot_be_had_again_are_refused(
         pack(model, tmp_path / "out", INT4, calibrate=texts)
 
 
-def test_other_texts_are_refused(tiny: Tiny, tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny("qwen3_moe", tokenizer=True)
+def test_other_texts_are_refused(model: Path, tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped(model, tmp_path / "out", texts, monkeypatch)
     texts.write_text(TEXT.replace("house", "horse"))
     for given in (texts, None):
@@ -133,11 +141,10 @@ def test_other_texts_are_refused(tiny: Tiny, tmp_path: Path, texts: Path, monkey
 
 @pytest.mark.parametrize("moment", ["fsync", "rename", "unlink"])
 def test_stopped_at_the_very_end(
-    moment: str, tiny: Tiny, tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+    moment: str, model: Path, whole: dict[str, bytes], tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Either the run can go on, or the folder is whole under its name."""
-    model, out = tiny("qwen3_moe", tokenizer=True), tmp_path / "out"
-    pack(model, tmp_path / "whole", INT4, calibrate=texts)
+    out = tmp_path / "out"
     module, name = (journal, "sync") if moment == "fsync" else (os, moment)
 
     def stop(*args: Any, **kwargs: Any) -> None:
@@ -150,9 +157,9 @@ def test_stopped_at_the_very_end(
     if moment != "unlink":
         assert not out.exists()
         pack(model, out, INT4, calibrate=texts)
-        assert contents(out) == contents(tmp_path / "whole")
+        assert contents(out) == whole
     else:
-        assert contents(out).items() >= contents(tmp_path / "whole").items()
+        assert contents(out).items() >= whole.items()
         verify(out)
 
 
@@ -189,23 +196,22 @@ print(kills)
 """
 
 
-def test_killed_at_random(tiny: Tiny, tmp_path: Path, texts: Path) -> None:
+def test_killed_at_random(model: Path, whole: dict[str, bytes], tmp_path: Path, texts: Path) -> None:
     """SIGKILL while it profiles and packs."""
-    model, out = tiny("qwen3_moe", tokenizer=True), tmp_path / "out"
-    pack(model, tmp_path / "whole", INT4, calibrate=texts)
+    out = tmp_path / "out"
     command = [sys.executable, "-c", KILLED, str(model), str(out), str(texts)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == 6, "it was done before"
-    assert contents(out) == contents(tmp_path / "whole")
+    assert contents(out) == whole
 
 
-def test_the_command(tiny: Tiny, tmp_path: Path, texts: Path, moedge_command: Any) -> None:
-    model = tiny("qwen3_moe", tokenizer=True)
-    pack(model, tmp_path / "whole", INT4, calibrate=texts)
+def test_the_command(
+    model: Path, whole: dict[str, bytes], tmp_path: Path, texts: Path, moedge_command: Any, moedge_here: Any
+) -> None:
     done = moedge_command("pack", model, tmp_path / "out", "--bits", 4, "--calibrate", texts, "--memory", "500MiB")
     assert done.returncode == 0, done.stderr
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    refused = moedge_command("pack", model, tmp_path / "other", "--calibrate", texts)
-    assert refused.returncode == 2
-    assert "--calibrate is for --bits 4" in refused.stderr
+    assert contents(tmp_path / "out") == whole
+    refused = moedge_here("pack", model, tmp_path / "other", "--calibrate", texts)
+    assert refused.status == 2
+    assert "--calibrate is for --bits 4" in refused.err

@@ -227,18 +227,18 @@ def test_a_limit_counts_what_dequantising_takes(
 
 
 @pytest.mark.parametrize("verb", ["info", "plan", "run", "eval"])
-def test_other_verbs_name_the_remedy(verb: str, case: Callable[[str], Case], moedge_command: Any) -> None:
+def test_other_verbs_name_the_remedy(verb: str, case: Callable[[str], Case], moedge_here: Any) -> None:
     model = case("fp8")[0]
     more = {"run": ["-p", "x"], "eval": ["--text", "README.md"]}.get(verb, [])
-    done = moedge_command(verb, model, *more)
-    assert done.returncode != 0
-    assert f"is quantised (fp8): convert it with `moedge pack {model} OUT`" in done.stderr.replace("\n", " ")
+    done = moedge_here(verb, model, *more)
+    assert done.status == 1
+    assert f"is quantised (fp8): convert it with `moedge pack {model} OUT`" in done.err.replace("\n", " ")
 
 
-def test_the_command(case: Callable[[str], Case], moedge_command: Any, tmp_path: Path) -> None:
-    done = moedge_command("pack", case("mxfp4")[0], tmp_path / "out", "--bits", "4")
-    assert done.returncode == 0, done.stderr
-    assert "mxfp4-g32" in done.stdout
+def test_the_command(case: Callable[[str], Case], moedge_here: Any, tmp_path: Path) -> None:
+    done = moedge_here("pack", case("mxfp4")[0], tmp_path / "out", "--bits", "4")
+    assert done.status == 0, done.err
+    assert "mxfp4-g32" in done.out
     assert (tmp_path / "out" / EXPERTS).exists()
     with load(tmp_path / "out") as lm:
         assert isinstance(lm, LM)
