@@ -25,7 +25,8 @@ from moedge.compress.importance import METHODS, Statistics, super_experts
 from moedge.compress.index import Match, TaskIndex, check_name, spread
 from moedge.compress.opening import PASS, opened
 from moedge.compress.plan import Budget, FitPlan, Shape, by_thresholds, make_plan, parse_budget, with_room
-from moedge.compress.profile import Counted, first_layer, identity_of, nothing_seen, passes, profile
+from moedge.compress.profile import Counted, Question, first_layer, identity_of, nothing_seen, passes, profile
+from moedge.compress.refine import check_refinable, refined, weigh
 from moedge.compress.report import Layer, Report, model_card
 from moedge.compress.samples import Scope, Task, Windows, read_task
 from moedge.compress.shape import drawn, format_of, shape_of
@@ -37,7 +38,7 @@ from moedge.runtime.lm import LM
 from moedge.runtime.pack import pack, source_of
 from moedge.units import format_size
 
-PROFILE = "profile.npz"
+PROFILE, REFINED = "profile.npz", "refined.json"
 Floats = NDArray[np.float64]
 Note = Callable[[str], None]  # what is being done, for people
 
@@ -54,6 +55,7 @@ class Settings:
     protect: str = "auto"  # super experts: auto, none, or layer:expert,...
     alpha: float | None = None  # of a layer's importance: below it an expert is cold; found unless given
     beta: float | None = None  # above it an expert is kept; given instead of a budget
+    refine: int = 0  # rounds of swapping experts, by what the smaller model does on the samples
     memory: int | None = None
     bits: int | None = None  # the result packed so
     index: Path | None = None  # a folder of known tasks
@@ -130,7 +132,7 @@ def fit(
         try:
             with unfinished.writing():
                 choice, fitted = run.make(task, tests, budget, unfinished.folder, command)
-            unfinished.finish(PROFILE)
+            unfinished.finish(PROFILE, REFINED)
             run.remember(choice)
         except BaseException:
             unfinished.forget()
@@ -176,6 +178,8 @@ class _Run:
             raise DataError(f"task {task.name!r} is a text without answers: leave --scope answer out")
         if settings.index is not None:
             check_name(task.name)
+        if settings.refine:
+            check_refinable(self.blueprint.anatomy, settings.memory)
         whole = Budget("", shape.num_experts, "")
         chosen = parse_budget(budget, shape) if settings.beta is None else whole
         protect = [] if settings.protect == "auto" else parse_protected(settings.protect)
@@ -198,19 +202,17 @@ class _Run:
     ) -> tuple[_Choice, Fitted]:
         """Profile and choose, write the smaller model into `folder`, measure it on what was kept for the test."""
         with ExitStack() as stack:
-            references, task, (seen, first, match) = self._with_full_model(stack, task, tests, folder / PROFILE)
-            plan = choose(seen, self.shape, budget, self.settings)
-            choice = _Choice(task, plan, seen, first, match, references)
-            made, after = self._export(plan, folder), {}
+            choice = self._with_full_model(stack, task, tests, budget, folder)
+            made, after, references = self._export(choice.plan, folder), {}, choice.references
             with self._step("smaller model measured"), opened(made, self.settings.memory) as lm:
                 for name, reference in references.items():
                     after[name] = measure(lm, reference.task, reference, self._noting(f"smaller model, {name}"))
         return choice, self._finish(choice, made, after, command)
 
     def _with_full_model(
-        self, stack: ExitStack, task: Task, tests: Sequence[Task], keep: Path
-    ) -> tuple[dict[str, Reference], Task, _Seen]:
-        """What needs the full model in memory, which it is not afterwards; and the samples that were profiled."""
+        self, stack: ExitStack, task: Task, tests: Sequence[Task], budget: str, folder: Path
+    ) -> _Choice:
+        """What needs the full model in memory, which it is not afterwards."""
         tokens, references = self.settings.tokens, dict[str, Reference]()
         with opened(self.model, self.settings.memory) as lm:
             with self._step("full model measured"):
@@ -226,10 +228,18 @@ class _Run:
             with self._step("profile"):
                 task = up_to(task, lm.tokenizer, tokens)
                 some = as_read(lm, task, self.settings.scope)
-                seen = self._statistics(lm, some, keep)
-        if isinstance(some, Windows) and seen[1] is not None:
+                seen, first, match = self._statistics(lm, some, folder / PROFILE)
+            plan = choose(seen, self.shape, budget, self.settings)
+            if self.settings.refine:
+                with self._step("refine"):
+                    plan = self._refined(lm, task, some, plan, folder / REFINED)
+        if isinstance(some, Windows) and first is not None:
             self.warnings += cut_warning("profile", some.cut)
-        return references, task, seen
+        return _Choice(task, plan, seen, first, match, references)
+
+    def _refined(self, lm: LM, task: Task, some: Windows | list[Question], plan: FitPlan, keep: Path) -> FitPlan:
+        answers = as_read(lm, task, "answer") if task.kind == "questions" else None
+        return refined(lm, weigh(some, answers), plan, self.shape, self.settings.refine, keep, self.note)
 
     def _statistics(self, lm: LM, some: Iterable[Counted], keep: Path) -> _Seen:
         """Those of a known task that is near, where there is an index; else of a profile."""
@@ -259,7 +269,7 @@ class _Run:
         for left in folder.iterdir():  # by a run that was killed
             if left.is_dir():
                 shutil.rmtree(left)
-            elif left.name not in (JOURNAL, PROFILE):
+            elif left.name not in (JOURNAL, PROFILE, REFINED):
                 left.unlink()
         made = folder / "model"
         made.mkdir()

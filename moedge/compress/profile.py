@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -30,13 +30,21 @@ from moedge.runtime.session import check_ids, check_length, decoder_start
 Passes = list[list["Counted"]]
 
 
-class Counted(Protocol):
-    """A sample as token ids, `mask` saying of which the experts are counted; both [T]."""
+class Read(Protocol):
+    """A sample as token ids [T]."""
 
     @property
     def ids(self) -> Sequence[int]: ...
+
+
+class Counted(Read, Protocol):
+    """A sample, `mask` [T] saying of which of its tokens the experts are counted."""
+
     @property
     def mask(self) -> NDArray[np.bool_]: ...
+
+
+S = TypeVar("S", bound=Read)
 
 
 @dataclass(frozen=True)
@@ -58,9 +66,9 @@ class Question:
         return np.ones(len(self.ids), bool)
 
 
-def passes(samples: Sequence[Counted], most: int, alone: bool) -> Passes:
+def passes(samples: Sequence[S], most: int, alone: bool) -> list[list[S]]:
     """The samples in groups of like length that fill at most `most` tokens; with `alone` one by one."""
-    found: Passes = []
+    found: list[list[S]] = []
     for sample in sorted(samples, key=lambda sample: len(sample.ids)):
         if alone or not found or len(sample.ids) * (len(found[-1]) + 1) > most:
             found.append([])

@@ -43,6 +43,8 @@ Examples:
 )
 @click.option("--test-share", type=click.FloatRange(0, 1, True, True), default=0.2, help="Samples kept for the test.")
 @click.option("--seed", type=int, default=0, help="Divides the samples in another way.")
+@click.option("--refine", type=click.IntRange(0), default=0, metavar="ROUNDS",
+              help="Swap experts in up to so many rounds, by what the smaller model does.")  # fmt: skip
 @click.option("--protect", default="auto", help="Experts that stay: auto, none, or layer:expert,...")
 @click.option("--alpha", type=click.FloatRange(0, 1), help="At most this share of a layer's importance is cold.")
 @click.option("--beta", type=click.FloatRange(0, 1), help="Keep what has more than this share, whatever the budget.")
@@ -95,7 +97,7 @@ def _check_use(compares: bool, budget: str) -> None:
         raise click.UsageError("--budgets is for --compare: give --budget, or the methods to compare")
     if compares and "budget" in given:
         raise click.UsageError(f"--compare measures at several budgets: give --budgets {budget} instead of --budget")
-    if compares and (useless := sorted(given & {"beta", "bits", "method", "task_index"})):
+    if compares and (useless := sorted(given & {"beta", "bits", "method", "refine", "task_index"})):
         option = useless[0].replace("_", "-")
         raise click.UsageError(f"--compare writes no model and takes every method by itself: leave --{option} out")
 

@@ -76,11 +76,17 @@ def _head(model: PreTrainedModel, kind: Any, hidden: Tensor) -> Iterator[Tensor]
     """What the model makes of its body's last hidden states [1, T, D]: logits [t, V], a few rows at a time."""
     rows = max(1, LOGITS_BYTES // (4 * vocabulary(model)))
     for at in range(0, hidden.shape[1], rows):
-        part = hidden[:, at : at + rows]
-        with torch.inference_mode(), _standing_in(model, kind(last_hidden_state=part)):
-            ids = torch.zeros(part.shape[:2], dtype=torch.long, device=part.device)  # not looked at
-            logits: Tensor = model(input_ids=ids, use_cache=False, return_dict=True).logits[0]
+        with torch.inference_mode():
+            logits = head_logits(model, kind, hidden[0, at : at + rows])
         yield logits
+
+
+def head_logits(model: PreTrainedModel, kind: Any, hidden: Tensor) -> Tensor:
+    """Logits [t, V] of last hidden states [t, D]. `kind`: the class of the output of the model's body."""
+    with _standing_in(model, kind(last_hidden_state=hidden[None])):
+        ids = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)  # not looked at
+        logits: Tensor = model(input_ids=ids, use_cache=False, return_dict=True).logits[0]
+    return logits
 
 
 class _Finished(nn.Module):
