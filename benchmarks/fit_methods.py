@@ -27,7 +27,7 @@ from moedge.compress.evaluate import Quality, Reference, measure
 from moedge.compress.fit import Settings, choose, profiled
 from moedge.compress.importance import METHODS, Statistics
 from moedge.compress.opening import PASS, opened
-from moedge.compress.plan import Shape
+from moedge.compress.plan import FitPlan, Shape
 from moedge.compress.samples import Sample, Task, windows
 from moedge.compress.shape import shape_of
 from moedge.measure.templates import TEMPLATES
@@ -88,6 +88,7 @@ class Trial:
         other = "biomedicine" if name == "novel" else "novel"
         off = pools(other, data, texts)[1]
         self.seen: list[Statistics] = []
+        self.parts: list[Task] = []
         self.overlap = 0
         with opened(model, dtype="fp32") as lm:
             self.test = stack.enter_context(Reference.of(lm, up_to(test, lm.tokenizer, TEST_TOKENS)))
@@ -95,11 +96,17 @@ class Trial:
             tested = {sample.key for sample in test.samples}
             for part in draws(pool, lm.tokenizer):
                 self.overlap += sum(sample.key in tested for sample in part.samples)
+                self.parts.append(part)
                 self.seen.append(profiled(lm, windows(part, lm.tokenizer, PASS, "text"))[0])
         self._known: dict[Any, tuple[Quality, Quality]] = {}
 
     def row(self, draw: int, method: str, budget: str) -> dict[str, Any]:
-        plan = choose(self.seen[draw], self.shape, budget, Settings(method=method))
+        return self.measured(self.plan(draw, method, budget), draw, method, budget)
+
+    def plan(self, draw: int, method: str, budget: str) -> FitPlan:
+        return choose(self.seen[draw], self.shape, budget, Settings(method=method))
+
+    def measured(self, plan: FitPlan, draw: int, method: str, budget: str) -> dict[str, Any]:
         if plan.kept not in self._known:
             with opened(self.model, dtype="fp32", experts=plan.kept) as lm:
                 qualities = measure(lm, self.test.task, self.test), measure(lm, self.off.task, self.off)

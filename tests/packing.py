@@ -1,6 +1,8 @@
 """What tests of packs share: the bytes of a folder, a model's logits, a full disk, and a run that is killed often."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -13,8 +15,7 @@ from pathlib import Path
 from moedge.runtime import pack as module
 from moedge.runtime.formats import Format
 
-model, out, format, times = sys.argv[1], sys.argv[2], Format.parse(sys.argv[3]), int(sys.argv[4])
-chance, kills = random.Random(0), 0
+times, *cases = sys.argv[1:]
 record = module.Unfinished.record
 
 def slowly(self, *args):  # so that kills fall between and inside all steps
@@ -23,18 +24,28 @@ def slowly(self, *args):  # so that kills fall between and inside all steps
     time.sleep(0.1)
 
 module.Unfinished.record = slowly
-while not Path(out).exists():
-    child = os.fork()
-    if child == 0:
-        module.pack(model, out, format)
-        os._exit(0)
-    if kills < times:
-        time.sleep(chance.uniform(0.05, 0.4))
-        os.kill(child, signal.SIGKILL)
-        kills += 1
-    os.waitpid(child, 0)
-print(kills)
+for model, out, format in zip(cases[::3], cases[1::3], cases[2::3]):
+    chance, kills = random.Random(0), 0
+    while not Path(out).exists():
+        child = os.fork()
+        if child == 0:
+            module.pack(model, out, Format.parse(format))
+            os._exit(0)
+        if kills < int(times):
+            time.sleep(chance.uniform(0.05, 0.4))
+            os.kill(child, signal.SIGKILL)
+            kills += 1
+        os.waitpid(child, 0)
+    print(kills)
 """
+
+
+def kill_and_go_on(times: int, *cases: tuple[Path, Path, str]) -> list[int]:
+    """Pack each (model, out, format), killed up to `times` times; how often each was. One process for all."""
+    command = [sys.executable, "-c", KILLED, str(times), *(str(word) for case in cases for word in case)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    return [int(line) for line in done.stdout.split()]
 
 
 def take_all(path: Path) -> None:

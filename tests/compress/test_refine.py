@@ -114,7 +114,9 @@ def task(tmp_path: Path) -> Path:
 
 
 def refit(model: Path, task: Path, out: Path, rounds: int = 4, **settings: Any) -> Any:
-    return fit(str(model), str(task), "50%", out, Settings("random", tokens=60, protect="0:3", refine=rounds, **settings))
+    return fit(
+        str(model), str(task), "50%", out, Settings("random", tokens=60, protect="0:3", refine=rounds, **settings)
+    )
 
 
 def test_a_fit_is_nearer_and_keeps_what_is_protected(tiny: Tiny, task: Path, tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import NAMED
-from packing import KILLED, contents, logits
+from packing import contents, kill_and_go_on, logits
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -129,15 +127,15 @@ def test_the_same_model_gives_the_same_bytes(format: Format, tiny: Tiny, tmp_pat
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-@pytest.mark.parametrize("format", ["plain", "int4-g32"])
-def test_a_run_that_is_killed_again_and_again_gives_the_same_bytes(format: str, tiny: Tiny, tmp_path: Path) -> None:
-    model = tiny("qwen3_moe", num_experts=16)
-    pack(model, tmp_path / "whole", Format.parse(format))
-    command = [sys.executable, "-c", KILLED, str(model), str(tmp_path / "out"), format, "10"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == 10, "it was done before"
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+def test_a_run_that_is_killed_again_and_again_gives_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:
+    model, formats = tiny("qwen3_moe", num_experts=16), ("plain", "int4-g32")
+    for format in formats:
+        pack(model, tmp_path / "whole" / format, Format.parse(format))
+    (tmp_path / "out").mkdir()
+    kills = kill_and_go_on(10, *((model, tmp_path / "out" / format, format) for format in formats))
+    assert kills == [10, 10], "it was done before"
+    for format in formats:
+        assert contents(tmp_path / "out" / format) == contents(tmp_path / "whole" / format)
 
 
 def stop_after(count: int, monkeypatch: pytest.MonkeyPatch, code: int = errno.ENOSPC) -> None:

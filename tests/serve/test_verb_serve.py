@@ -50,10 +50,21 @@ def test_it_serves_until_ctrl_c(start: Callable[..., Any]) -> None:
     assert (child.returncode, out, err.strip()) == (130, "", "")
 
 
-def test_an_open_stream_is_finished_before_the_end(start: Callable[..., Any]) -> None:
-    child, said = start("--grace", 100)  # on a busy machine 200 tokens may take longer than the usual ten seconds
+def test_api_keys_are_asked_for_and_an_open_stream_is_finished_before_the_end(
+    start: Callable[..., Any], tmp_path: Path
+) -> None:
+    made = subprocess.run(
+        [sys.executable, "-m", "moedge.api.keys", "laptop"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    (tmp_path / "keys").write_text(made.stdout)
+    key = {"authorization": f"Bearer {made.stderr.split()[-1]}"}
+    # on a busy machine 200 tokens may take longer than the usual ten seconds
+    child, said = start("--grace", 100, "--api-keys", tmp_path / "keys", "--parallel", 1)
+    assert httpx.get(f"{said['url']}/v1/models").status_code == 401
+    card = httpx.get(f"{said['url']}/v1/models", headers=key).json()["data"][0]
+    assert card["moedge"] == {"chat": True, "context": 512, "parallel": 1}
     ask = ASK | {"stream": True, "max_tokens": 200, "logprobs": 0}
-    with httpx.stream("POST", f"{said['url']}/v1/completions", json=ask, timeout=60) as reply:
+    with httpx.stream("POST", f"{said['url']}/v1/completions", json=ask, headers=key, timeout=60) as reply:
         lines = (line for line in reply.iter_lines() if line)
         next(lines)
         child.send_signal(signal.SIGTERM)
@@ -61,19 +72,6 @@ def test_an_open_stream_is_finished_before_the_end(start: Callable[..., Any]) ->
     assert rest[-1] == "data: [DONE]"
     out, err = child.communicate(timeout=30)
     assert (child.returncode, out, err.strip()) == (0, "", "")
-
-
-def test_without_a_limit_the_api_keys_are_asked_for(start: Callable[..., Any], tmp_path: Path) -> None:
-    made = subprocess.run(
-        [sys.executable, "-m", "moedge.api.keys", "laptop"], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    (tmp_path / "keys").write_text(made.stdout)
-    key = made.stderr.split()[-1]
-    _, said = start("--api-keys", tmp_path / "keys", "--parallel", 1)
-    url = f"{said['url']}/v1/models"
-    assert httpx.get(url).status_code == 401
-    card = httpx.get(url, headers={"authorization": f"Bearer {key}"}).json()["data"][0]
-    assert card["moedge"] == {"chat": True, "context": 512, "parallel": 1}
 
 
 @pytest.mark.parametrize(
