@@ -66,6 +66,7 @@ def describe(blueprint: "Blueprint") -> dict[str, Any]:
         "expert_bytes": max(layer.expert_bytes for layer in anatomy.layers),
         "context": blueprint.max_context,
         "stored": _stored_bytes(blueprint),
+        "packed": _packed(blueprint),
         "files": [{"name": file.name, "bytes": file.stat().st_size} for file in sorted(blueprint.checkpoint.files)],
         "tokenizer": _tokenizer(blueprint),
     }
@@ -93,6 +94,19 @@ def _stored_bytes(blueprint: "Blueprint") -> dict[str, dict[str, int]]:
         row = stored.setdefault(str(info.dtype).removeprefix("torch."), {"backbone": 0, "experts": 0})
         row["experts" if info.name in blueprint.experts.tensors else "backbone"] += info.nbytes
     return stored
+
+
+def _packed(blueprint: "Blueprint") -> dict[str, Any] | None:
+    """The number formats of a pack's experts, and the kernels that compute them here; None for another checkpoint."""
+    from moedge.models.pack import PackedCheckpoint
+    from moedge.native import library
+
+    if not isinstance(blueprint.checkpoint, PackedCheckpoint):
+        return None
+    layers = blueprint.checkpoint.manifest.layers
+    formats = sorted({str(tensor.format) for layer in layers for tensor in layer.tensors.values()})
+    kernels = library.load() if any(name != "plain" for name in formats) else None
+    return {"formats": formats, "kernels": kernels and kernels.variant}
 
 
 def _tokenizer(blueprint: "Blueprint") -> dict[str, Any] | None:
@@ -136,6 +150,9 @@ def _lines(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
     )
     for dtype, row in facts["stored"].items():
         yield f"stored ({dtype})", f"backbone {format_size(row['backbone'])}, experts {format_size(row['experts'])}"
+    if packed := facts["packed"]:
+        by = f"C kernels ({packed['kernels']})" if packed["kernels"] else "torch"
+        yield "packed", f"experts in {', '.join(packed['formats'])}, computed by {by}"
     yield "files", f"{len(facts['files'])} of {format_size(sum(file['bytes'] for file in facts['files']))} together"
     yield "context", "not stated" if facts["context"] is None else f"{facts['context']} tokens"
     yield "tokenizer", _tokenizer_line(facts["tokenizer"])

@@ -13,6 +13,9 @@ from transformers import AutoModelForCausalLM
 from moedge.errors import CheckpointError, ModelError
 from moedge.models.tiny import make_tiny
 from moedge.models.verb_info import _count, command
+from moedge.native import library
+from moedge.runtime.formats import Format
+from moedge.runtime.pack import pack
 
 Tiny = Callable[..., Path]
 
@@ -62,6 +65,16 @@ def test_the_table_for_people(folder: Path, tiny: Tiny) -> None:
     table = info(tiny("switch_transformers")).stdout
     for words in ("8, 4 of them with experts", "not gated, modular", "not stated", "none"):
         assert words in table
+
+
+def test_a_pack_says_its_formats_and_what_computes_them(folder: Path, tmp_path: Path) -> None:
+    kernels = library.load()
+    for name, computed_by in (("int8", kernels and kernels.variant), ("plain", None)):
+        pack(folder, tmp_path / name, Format(name))
+        packed = json.loads(info(tmp_path / name, "--json").stdout)["packed"]
+        assert packed == {"formats": [str(Format(name))], "kernels": computed_by}
+    assert "experts in plain, computed by torch" in info(tmp_path / "plain").stdout
+    assert json.loads(info(folder, "--json").stdout)["packed"] is None
 
 
 def test_a_hybrid_counts_the_layers_with_experts(tiny: Tiny) -> None:
