@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from moedge.compress.opening import PASS
@@ -116,6 +117,7 @@ def advance(search: Search, model: Measured, shape: Shape, protected: Sequence[t
             return
         if len(swaps) == 1:
             search.failed.append(swaps[0])
+            gains[swaps[0][0], list(swaps[0][1:])] = -torch.inf  # other swaps of these experts promise as falsely
             tries += 1
         width = max(1, len(swaps) // 2)
     search.ended = True
