@@ -77,7 +77,7 @@ class PackedLayer:
     tensors: Mapping[str, PackedTensor]
     shifts: Mapping[str, tuple[int, ...]]
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         return all(tensor.format == PLAIN for tensor in self.tensors.values())
 
@@ -361,7 +361,7 @@ class PackedExperts:
         """The expert's parameters as views of its slot; those in number formats together, under EXTENT."""
         own, layout = self.layers[layer], self.layouts[layer]
         if not own.plain:
-            return {EXTENT: slot[: own.nbytes]}
+            return {EXTENT: slot}
         if self._direct[layer]:
             return _views(own, expert, slot)
         return {f.name: slot[f.offset : f.offset + f.nbytes].view(f.dtype).view(f.shape) for f in layout.fields}

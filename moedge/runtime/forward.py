@@ -6,6 +6,7 @@ Knows how transformers' models are called; no sampling, no text, no memory limit
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -31,10 +32,17 @@ def vocabulary(model: PreTrainedModel) -> int:
 
 def last_logits(model: PreTrainedModel, ids: Sequence[int], cache: Any) -> tuple[Any, Tensor]:
     """Append `ids` to `cache` (None: a new one); the cache, and the last position's logits [V]."""
-    sparing = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    kind: Any = type(model)
+    sparing = {"logits_to_keep": 1} if _can_spare(kind) else {}
     output = model(input_ids=_row(model, ids), past_key_values=cache, use_cache=True, return_dict=True, **sparing)
     cache, logits = _cache_of(model, output), output.logits[0, -1]
     return cache, logits if sparing else logits.clone()
+
+
+@cache
+def _can_spare(kind: Any) -> bool:
+    """Whether models of the class `kind` make logits of the last position only when asked to."""
+    return "logits_to_keep" in inspect.signature(kind.forward).parameters
 
 
 def last_hidden(model: PreTrainedModel, ids: Sequence[int], cache: Any) -> tuple[Any, Tensor]:

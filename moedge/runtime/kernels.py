@@ -171,10 +171,10 @@ class LayerKernel:
         assert x.shape[1] == self._hidden, f"hidden states are {x.shape[1]} wide, experts {self._hidden}"
         assert len(routing.starts) == len(extents) + 1
         assert all(memory.numel() >= self._extent.nbytes for memory in extents), "an extent is too short"
-        routed = len(routing.tokens)
-        workspace = workspace_of(self._library.workspace(self._expert, len(x), routed))
+        count, routed = x.shape[0], routing.starts[-1]
+        workspace = workspace_of(self._library.workspace(self._expert, count, routed))
         call = Call(
-            *(len(extents), len(x)),
+            *(len(extents), count),
             (c_void_p * len(extents))(*[memory.data_ptr() for memory in extents]),
             (c_int32 * len(routing.starts))(*routing.starts),
             *(routing.tokens.data_ptr(), routing.weights.data_ptr(), x.data_ptr()),
@@ -221,7 +221,7 @@ def _is_known(extent: Extent) -> bool:
 def workspace_of(nbytes: int) -> Tensor:
     """Memory of this thread that lasts from call to call, whatever it calls."""
     memory: Tensor | None = getattr(_WORKSPACE, "bytes", None)
-    if memory is None or len(memory) < nbytes:
+    if memory is None or memory.numel() < nbytes:
         memory = _WORKSPACE.bytes = torch.empty(nbytes, dtype=torch.uint8)
     return memory
 

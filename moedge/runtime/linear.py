@@ -41,10 +41,10 @@ class CodedMatrix:
 
     def times(self, x: Tensor, library: Library, threads: int) -> Tensor:
         """x [N, I], contiguous, fp32 or bf16 -> [N, O] of x's dtype."""
-        out = x.new_empty(len(x), self.shape[0])
-        workspace = workspace_of(library.linear_workspace(self._matrix, len(x)))
-        code = _CODES[x.dtype]
-        call = Rows(len(x), code, code, x.data_ptr(), out.data_ptr(), workspace.data_ptr())
+        count, code = x.shape[0], _CODES[x.dtype]
+        out = x.new_empty(count, self.shape[0])
+        workspace = workspace_of(library.linear_workspace(self._matrix, count))
+        call = Rows(count, code, code, x.data_ptr(), out.data_ptr(), workspace.data_ptr())
         library.linear(self._matrix, self.memory.data_ptr(), call, threads)
         return out
 
@@ -76,7 +76,7 @@ class CodedLinear(_Coded):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        if self._library is not None and len(rows) < MANY and not torch.is_grad_enabled():
+        if self._library is not None and rows.shape[0] < MANY and not torch.is_grad_enabled():
             wide = rows.contiguous() if x.dtype in _CODES else rows.float()
             out = self.matrix.times(wide, self._library, self._threads).to(x.dtype)
             if self.bias is not None:

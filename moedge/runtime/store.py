@@ -92,10 +92,11 @@ class Slots:
     def __init__(self, count: int, nbytes: int) -> None:
         self.stride = -(-nbytes // PAGE) * PAGE
         self.free = list(range(count))
-        self._bytes = torch.frombuffer(_anonymous(max(1, count) * self.stride), dtype=torch.uint8)
+        memory = torch.frombuffer(_anonymous(max(1, count) * self.stride), dtype=torch.uint8)
+        self._each = memory.view(-1, self.stride).unbind()  # at once: a slice for each use takes time in decoding
 
     def __getitem__(self, slot: int) -> torch.Tensor:
-        return self._bytes[slot * self.stride : (slot + 1) * self.stride]
+        return self._each[slot]
 
 
 def _anonymous(nbytes: int) -> mmap.mmap:

@@ -82,6 +82,7 @@ def test_swaps_that_only_promise_are_not_made() -> None:
     assert found.rounds == 1
     assert len(found.failed) == 6  # each expert that is there once
     assert len({swap[:2] for swap in found.failed}) == 6
+    assert len({swap[:2] for swap in found.failed}) == len(found.failed) == 6  # each expert that is there once
     assert model.asked < 15
 
 
