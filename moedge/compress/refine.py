@@ -92,10 +92,14 @@ def refined(
     parts = tuple(for_kept(row, each, a) for row, each, a in zip(plan.scores, kept, alphas, strict=True))
     swapped = sum(len(set(new) - set(old)) for new, old in zip(kept, plan.kept, strict=True))
     reason = (
-        f"refined in {search.rounds} rounds: {swapped} experts are others than the most important ones, KL on the "
-        f"samples {search.first_kl:.3g} before and {search.kl:.3g} after"
+        f"refined: {_many(swapped, 'expert')} swapped in {_many(search.rounds, 'round')}, KL on the samples "
+        f"{search.first_kl:.3g} before and {search.kl:.3g} after"
     )
     return replace(plan, kept=kept, partitions=parts, reasons=(*plan.reasons, reason))
+
+
+def _many(count: int, name: str) -> str:
+    return f"{count} {name}{'' if count == 1 else 's'}"
 
 
 def advance(search: Search, model: Measured, shape: Shape, protected: Sequence[tuple[int, int]]) -> None:

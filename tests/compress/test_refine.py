@@ -129,7 +129,8 @@ def test_a_fit_is_nearer_and_keeps_what_is_protected(tiny: Tiny, task: Path, tmp
     assert plain != kept
     assert 3 in kept[0]
     reason = found.report.reasons[-1]
-    assert reason.startswith("refined in 4 rounds: ")
+    assert reason.startswith("refined: ")
+    assert " swapped in 4 rounds, KL on the samples " in reason
     before, after = (float(word) for word in reason.split("samples ")[1].replace(" after", "").split(" before and "))
     assert after < before
     assert not list((tmp_path / "out").glob("*refined*"))
