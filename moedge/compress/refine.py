@@ -33,7 +33,7 @@ class Measured(Protocol):
     """What a search asks of a model; see routed.Distance."""
 
     def of(self, kept: Sequence[Sequence[int]]) -> float: ...
-    def gains(self, kept: Sequence[Sequence[int]]) -> Tensor: ...
+    def effects(self, kept: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass
@@ -45,9 +45,14 @@ class Search:
     first_kl: float  # before anything was swapped
     width: int  # swaps to try at once
     rounds: int = 0
-    swaps: int = 0
     ended: bool = False  # no swap makes it better
+    damping: float | None = None  # what a step of size 1 is expected to cost, from those that were measured
     failed: list[Swap] = field(default_factory=list)  # that made it worse, each by itself
+
+    def learn(self, fell: float, promised: float, size: float) -> None:
+        """From a step that was measured: half of what it cost, as bad steps are among them; the last count most."""
+        cost = max(0.0, promised - fell) / size / 2
+        self.damping = cost if self.damping is None else 0.7 * self.damping + 0.3 * cost
 
     def save(self, path: Path) -> None:
         temporary = path.with_name(f".{path.name}")
@@ -103,25 +108,34 @@ def _many(count: int, name: str) -> str:
 
 
 def advance(search: Search, model: Measured, shape: Shape, protected: Sequence[tuple[int, int]]) -> None:
-    """One round: the most promising swaps, half as many where the KL does not fall, until it does."""
-    gains = model.gains(search.kept)
+    """One round: the most promising swaps, half as many where the KL does not fall, until it does.
+
+    A step promises its first-order fall less its size times `damping`: the larger it is, the less of it comes true.
+    """
+    falls, sizes = model.effects(search.kept)
     width, tries = search.width, 0
     search.rounds += 1
     while tries < TRIES:
+        gains = falls - (search.damping or 0.0) * sizes
         swaps = promising(gains, search.kept, shape, protected, search.failed, width)
+        if not swaps:  # damped too much, it may be: the best one
+            raised = torch.where(sizes > 0, gains - gains[gains.isfinite()].min(), -torch.inf)
+            swaps = promising(raised, search.kept, shape, protected, search.failed, 1)
         if not swaps:
             break
         kept = [list(each) for each in search.kept]
         for layer, goes, comes in swaps:
             kept[layer][kept[layer].index(goes)] = comes
         kl = model.of(kept)
+        moved = [(layer, expert) for layer, *pair in swaps for expert in pair]
+        search.learn(search.kl - kl, *(sum(float(what[at]) for at in moved) for what in (falls, sizes)))
         if kl < search.kl:
-            search.kept, search.kl, search.swaps = kept, kl, search.swaps + len(swaps)
+            search.kept, search.kl = kept, kl
             search.width = min(2 * shape.layers, 2 * len(swaps))
             return
         if len(swaps) == 1:
             search.failed.append(swaps[0])
-            gains[swaps[0][0], list(swaps[0][1:])] = -torch.inf  # other swaps of these experts promise as falsely
+            falls[swaps[0][0], list(swaps[0][1:])] = -torch.inf  # other swaps of these experts promise as falsely
             tries += 1
         width = max(1, len(swaps) // 2)
     search.ended = True

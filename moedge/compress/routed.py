@@ -68,12 +68,13 @@ class Distance:
             found = [self._kl(number)[:2] for number in range(len(self._groups))]
         return sum(kl for kl, _ in found) / sum(weight for _, weight in found)
 
-    def gains(self, kept: Kept) -> Tensor:
-        """By how much the summed KL falls when an expert that is there goes, or one that is not comes: [L, E].
+    def effects(self, kept: Kept) -> tuple[Tensor, Tensor]:
+        """Of each expert's going, or coming: how far the KL falls to first order, and how large a step that is, [L, E].
 
-        To first order in the layer's output, each expert by itself. One pass forward and one back.
+        The size is the squared change of the layer's output times the mean slope there, to which a second-order term
+        is about proportional. Both are sums over tokens by the weights' sum. One pass forward and one back.
         """
-        found = torch.zeros(len(self._layers), max(layer.num_experts for layer in self._layers))
+        found = torch.zeros(2, len(self._layers), max(layer.num_experts for layer in self._layers))
         with _without_gradients(self._lm.model):
             for number in range(len(self._groups)):
                 with _Routers(self._lm, kept, gradients=True) as routers, torch.enable_grad():
@@ -82,20 +83,35 @@ class Distance:
                 with torch.no_grad():
                     for layer, seen in zip(self._layers, routers.seen, strict=True):
                         allowed = routers.allowed[layer.index, : layer.num_experts]
-                        found[layer.index, : layer.num_experts] += self._layer_gains(layer, seen, allowed)
-        return found
+                        found[:, layer.index, : layer.num_experts] += self._of_layer(layer, seen, allowed)
+        falls, sizes = found / sum(w for group in self._groups for sample in group for w in sample.weights)
+        return falls, sizes
 
-    def _layer_gains(self, layer: MoeLayer, seen: _Seen | None, allowed: Tensor) -> Tensor:
+    def _of_layer(self, layer: MoeLayer, seen: _Seen | None, allowed: Tensor) -> Tensor:
+        """Sums over the pass's tokens: [2, E]."""
         if seen is None or seen.slope is None:
             raise ModelError(f"{layer.experts} was not run, or gives no gradient: such a model cannot be refined")
-        wanted = matters(seen.logits, allowed, layer.top_k)  # [N, E]
+        found, slope = torch.zeros(2, layer.num_experts), seen.slope.float()
+        step = max(1, PIECE // (4 * layer.num_experts * slope.shape[1]))
+        for at in range(0, len(slope), step):
+            part = slice(at, at + step)
+            changes = toggled(seen.logits[part], seen.total[part], allowed, layer.top_k)  # [E, n, E]
+            outputs = self._outputs(layer, seen.hidden[part], (changes != 0).any(0))  # [n, E, H]
+            reach = torch.einsum("neh,nh->ne", outputs, slope[part])
+            products = torch.einsum("neh,nfh->nef", outputs, outputs)
+            found[0] -= torch.einsum("tne,ne->t", changes, reach)
+            found[1] += torch.stack([((change[:, None] @ products)[:, 0] * change).sum() for change in changes])
+        found[1] *= slope.norm(dim=-1).mean()
+        return found
+
+    def _outputs(self, layer: MoeLayer, hidden: Tensor, wanted: Tensor) -> Tensor:
+        """What experts give for the tokens that want them [n, E]; 0 elsewhere: [n, E, H]."""
         module: Any = self._lm.model.get_submodule(layer.experts)
-        reach = torch.zeros_like(seen.logits)  # dKL by each expert's weight
+        found = torch.zeros(*wanted.shape, hidden.shape[1])
         for expert, parameters in source_of(module).fetch(wanted.any(0).nonzero().T, None):
             token = wanted[:, expert].nonzero()[:, 0]
-            output = feed_forward(module, parameters, seen.hidden[token]).float()
-            reach[token, expert] = (output * seen.slope[token].float()).sum(-1)
-        return changes(seen.logits, reach, seen.total, allowed, layer.top_k)
+            found[token, expert] = feed_forward(module, parameters, hidden[token]).float()
+        return found
 
     def _hidden(self, group: Sequence[Weighted]) -> tuple[Any, Tensor]:
         """The class of the body's output, and its last hidden states where a prediction counts: [N, H]."""
@@ -126,51 +142,29 @@ class Distance:
         return total, float(weights.sum()), (hidden, slope)
 
 
-def matters(logits: Tensor, allowed: Tensor, top_k: int) -> Tensor:
-    """Which experts a token would take were one more allowed, or one fewer: [N, E] bool from [N, E] and [E]."""
-    ranked = logits.masked_fill(~allowed, -torch.inf)
-    reachable = min(top_k + 1, int(allowed.sum()))
-    top, experts = ranked.topk(reachable)
-    last = top[:, min(top_k, reachable) - 1, None]  # the weakest that is taken
-    return ((logits > last) & ~allowed).scatter(1, experts, True)
+def toggled(logits: Tensor, total: Tensor, allowed: Tensor, top_k: int) -> Tensor:
+    """How a router's weights change when one expert more is allowed, or one fewer: [E, N, E], for each expert a row.
 
-
-def changes(logits: Tensor, reach: Tensor, total: Tensor, allowed: Tensor, top_k: int) -> Tensor:
-    """How much a layer's linearised KL falls with each expert removed (of the allowed) or added (of the others): [E].
-
-    A token takes its `top_k` largest logits [N, E] among the allowed [E], with weights as their exponentials, which
-    sum to `total` [N] now: to the same after the change where all tokens have the same total, as a router that
-    normalises has; else each is a share of all the allowed. `reach` [N, E]: dKL by an expert's weight.
+    From its logits [N, E], the weights' sums `total` [N] and the allowed experts [E]. A token takes its `top_k`
+    largest; weights are shares by softmax, of those taken where `total` is the same for all tokens, as with a router
+    that normalises, else of all that are allowed.
     """
-    ranked = logits.masked_fill(~allowed, -torch.inf)
-    top, experts = ranked.topk(min(top_k + 1, int(allowed.sum())))
-    mass = (logits - logits.max(-1, keepdim=True).values).exp()  # [N, E]
-    taken, given = mass.gather(1, experts), reach.gather(1, experts)  # [N, k + 1]
-    whole = (mass * allowed).sum(-1)  # [N]
-    chosen = taken[:, :top_k].sum(-1).clamp_min(1e-30)
+    now = _shares(logits, allowed, top_k)
     same = bool(total.max() - total.min() <= 1e-3 * total.max())
+    found = []
+    for expert in range(logits.shape[1]):
+        other = allowed.clone()
+        other[expert] = ~other[expert]
+        after = _shares(logits, other, top_k)
+        found.append(after / (after if same else now).sum(-1, keepdim=True) - now / now.sum(-1, keepdim=True))
+    return torch.stack(found) * total[:, None]
 
-    def weighted(value: Tensor, masses: Tensor, everything: Tensor) -> Tensor:
-        """`value` = sum of mass times reach, as weights: by the mass of those taken, or in shares of everything."""
-        return total * value / (masses if same else chosen * everything / whole).clamp_min(1e-30)
 
-    now = weighted((taken * given)[:, :top_k].sum(-1), chosen, whole)
-    enters = ~allowed & (logits > top[:, min(top_k, top.shape[1]) - 1, None])
-    apart = ~enters.scatter(1, experts[:, :top_k], True)  # neither leaves nor enters, but is a share of all the allowed
-    everything = whole[:, None] + torch.where(allowed, -mass, mass)
-    rescaled = now[:, None] * (1 - whole[:, None] / everything.clamp_min(1e-30))
-    found = torch.zeros(logits.shape[1]) if same else (rescaled * apart).sum(0)
-    for place in range(min(top_k, top.shape[1])):
-        others = [other for other in range(top.shape[1]) if other != place]
-        value, masses = (taken * given)[:, others].sum(-1), taken[:, others].sum(-1)
-        found.index_add_(0, experts[:, place], now - weighted(value, masses, whole - taken[:, place]))
-    stay = taken[:, : top_k - 1]  # a newcomer takes the weakest one's place
-    for expert in enters.any(0).nonzero()[:, 0].tolist():
-        own = mass[:, expert]
-        value = (stay * given[:, : top_k - 1]).sum(-1) + own * reach[:, expert]
-        after = weighted(value, stay.sum(-1) + own, whole + own)
-        found[expert] += ((now - after) * enters[:, expert]).sum()
-    return found
+def _shares(logits: Tensor, allowed: Tensor, top_k: int) -> Tensor:
+    """The softmax over the allowed, of the largest `top_k` of them; 0 elsewhere."""
+    shares = logits.masked_fill(~allowed, -torch.inf).softmax(-1)
+    top, experts = shares.topk(min(top_k, int(allowed.sum())))
+    return torch.zeros_like(shares).scatter(1, experts, top)
 
 
 class _Routers(TorchFunctionMode):

@@ -9,7 +9,7 @@ import torch
 from fitting import FAMILIES, halves, only, stock
 
 import moedge
-from moedge.compress.routed import Distance, Weighted, changes, matters
+from moedge.compress.routed import Distance, Weighted, toggled
 from moedge.errors import ModelError
 from moedge.models.anatomy import dissect
 from moedge.runtime.lm import LM
@@ -43,7 +43,7 @@ def test_it_is_the_distance_of_the_smaller_model(model_type: str, tiny: Tiny) ->
         before = log_probabilities(lm.model, one)
         distance = Distance(lm, [[one, two], [three]])
         found = distance.of(kept)
-        distance.gains(kept)
+        distance.effects(kept)
         assert torch.equal(log_probabilities(lm.model, one), before)
         assert all(p.requires_grad for p in lm.model.parameters() if p.is_floating_point()) or model_type == "gpt_oss"
         full = [log_probabilities(lm.model, each) for each in (one, two, three)]
@@ -58,12 +58,12 @@ def test_it_is_the_distance_of_the_smaller_model(model_type: str, tiny: Tiny) ->
 
 
 @pytest.mark.parametrize("normalised", [True, False])
-def test_gains_are_the_slope_times_what_the_layer_would_give(normalised: bool, tiny: Tiny) -> None:
+def test_effects_are_those_of_the_layer_with_one_expert_more_or_less(normalised: bool, tiny: Tiny) -> None:
     """By stock transformers and autograd: each layer's block again with one expert more or less."""
     folder, (sample, _) = tiny("qwen3_moe", norm_topk_prob=normalised), samples()
     with moedge.load(folder, dtype="fp32") as lm:
         kept = halves(lm.anatomy.num_layers)
-        gains = Distance(lm, [[sample]]).gains(kept)
+        falls, sizes = Distance(lm, [[sample]]).effects(kept)
     model = stock(folder, torch.float32)
     layers = dissect(model).layers
     full, weights = log_probabilities(model, sample), torch.tensor(sample.weights)
@@ -89,18 +89,20 @@ def test_gains_are_the_slope_times_what_the_layer_would_give(normalised: bool, t
             toggled[layer.index] = sorted(set(kept[layer.index]) ^ {expert})
             with only(model, toggled):
                 other = model.get_submodule(layer.block).forward(hidden)
-            wanted = ((output.detach() - other) * output.grad).sum()
-            near = pytest.approx(float(wanted), rel=1e-3, abs=1e-5)
-            assert float(gains[layer.index, expert]) == near
+            step, whole = other - output.detach(), float(weights.sum())
+            fall = -float((step * output.grad).sum())
+            size = float(step.square().sum() * output.grad.norm(dim=-1).mean())
+            assert float(falls[layer.index, expert]) == pytest.approx(fall / whole, rel=1e-3, abs=1e-6)
+            assert float(sizes[layer.index, expert]) == pytest.approx(size / whole, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize(
     ("top_k", "allowed", "normalised"),
     [(1, 3, True), (2, 2, True), (2, 5, True), (3, 7, True), (1, 3, False), (2, 5, False), (3, 7, False)],
 )
-def test_changes_are_those_of_every_toggle(top_k: int, allowed: int, normalised: bool) -> None:
+def test_weights_change_as_those_of_a_router_do(top_k: int, allowed: int, normalised: bool) -> None:
     generator = torch.Generator().manual_seed(top_k)
-    logits, reach = (torch.randn(40, 8, generator=generator) for _ in range(2))
+    logits = torch.randn(40, 8, generator=generator)
     mask = torch.arange(8) < allowed
 
     def weights(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,17 +110,16 @@ def test_changes_are_those_of_every_toggle(top_k: int, allowed: int, normalised:
         top, experts = shares.topk(min(top_k, int(mask.sum())))
         return 1.5 * (top / top.sum(-1, keepdim=True) if normalised else top), experts
 
-    def value(mask: torch.Tensor) -> torch.Tensor:
+    def dense(mask: torch.Tensor) -> torch.Tensor:
         top, experts = weights(mask)
-        return (top * reach.gather(1, experts)).sum()
+        return torch.zeros(40, 8).scatter(1, experts, top)
 
-    total = weights(mask)[0].sum(-1)
-    found = changes(logits, reach * matters(logits, mask, top_k), total, mask, top_k)
+    found = toggled(logits, weights(mask)[0].sum(-1), mask, top_k)
     for expert in range(8):
-        toggled = mask.clone()
-        toggled[expert] = not mask[expert]
-        if int(toggled.sum()) >= max(1, top_k):
-            assert float(found[expert]) == pytest.approx(float(value(mask) - value(toggled)), abs=1e-5)
+        other = mask.clone()
+        other[expert] = not mask[expert]
+        if int(other.sum()) >= max(1, top_k):
+            assert torch.allclose(found[expert], dense(other) - dense(mask), atol=1e-6)
 
 
 def test_router_that_chooses_what_is_shut_off(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
