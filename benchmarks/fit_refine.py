@@ -10,7 +10,6 @@ choice of experts that was made without it can be expected to do better.
 import json
 import time
 from contextlib import ExitStack
-from math import nan
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -47,11 +46,13 @@ def refine(trial: Trial, number: int, budget: str, rounds: int, oracle: bool) ->
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over sets and draws, of each budget and of both."""
 
-    def average(method: str, budget: str, what: str) -> float:
+    def average(method: str, budget: str, what: str) -> float | None:
         some = [row for row in rows if (row["method"], row["budget"]) == (method, budget)]
         if what == "rise":
-            return mean([row["bits"] / row["full bits"] - 1 for row in some if row["set"] in DOMAINS] or [nan])
-        return mean([row[what] for row in some if row[what] is not None] or [nan])
+            values = [row["bits"] / row["full bits"] - 1 for row in some if row["set"] in DOMAINS]
+        else:
+            values = [row[what] for row in some if row[what] is not None]
+        return mean(values) if values else None
 
     have = {(row["method"], row["budget"]) for row in rows}
     return {

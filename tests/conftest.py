@@ -1,7 +1,10 @@
 """What every test gets: one thread, no network beyond this machine, tiny checkpoints made once per session."""
 
 import os
+import signal
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun in a shell's background; tests send it to others
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny models are quicker so, and two cores stay usable
 
 import ctypes

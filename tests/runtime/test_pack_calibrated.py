@@ -188,7 +188,7 @@ while not out.exists():
         module.pack(model, out, Format("int4"), calibrate=texts)
         os._exit(0)
     if kills < 6:
-        time.sleep(chance.uniform(0.1, 1.0))
+        time.sleep(chance.uniform(0.1, 0.6))
         os.kill(child, signal.SIGKILL)
         kills += 1
     os.waitpid(child, 0)

@@ -177,7 +177,7 @@ def test_ctrl_c_leaves_no_process(model: Path, library: str) -> None:
     """At once, and while the other process has come far enough to map a library."""
     args = [sys.executable, "-m", "moedge", "bench", str(model), "-p", "8", "-n", "400", "-r", "999", "--keep-caches"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(args, **pipes, text=True, cwd=ROOT, preexec_fn=heed_ctrl_c) as bench:
+    with subprocess.Popen(args, **pipes, text=True, cwd=ROOT) as bench:
         while not (children := [child for child in psutil.Process(bench.pid).children() if maps(child, library)]):
             assert bench.poll() is None
             time.sleep(0.02)
@@ -186,11 +186,6 @@ def test_ctrl_c_leaves_no_process(model: Path, library: str) -> None:
     assert bench.returncode == 130
     assert "Traceback" not in err
     assert not psutil.wait_procs(children, timeout=30)[1]
-
-
-def heed_ctrl_c() -> None:
-    """Where the tests run in the background, their processes ignore it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def maps(process: psutil.Process, library: str) -> bool:
