@@ -24,6 +24,7 @@ from moedge.models.anatomy import MoeLayer
 from moedge.models.routing import choices
 from moedge.models.trace import NONE
 from moedge.runtime.experts import ExpertSource, source_of
+from moedge.runtime.forward import padded
 from moedge.runtime.lm import LM
 from moedge.runtime.session import check_ids, check_length, decoder_start
 
@@ -124,13 +125,12 @@ def _read(lm: LM, group: Sequence[Counted], watch: "_Watch") -> None:
             check_length(lm, len(part))
         _encode_decode(model, sample, watch)
         return
-    longest = max(len(sample.ids) for sample in group)
-    rows = [[*sample.ids, *[sample.ids[-1]] * (longest - len(sample.ids))] for sample in group]  # causal: unseen
-    counted = np.zeros((len(group), longest), bool)
+    ids = padded([sample.ids for sample in group])  # [B, T]
+    counted = np.zeros(ids.shape, bool)
     for row, sample in enumerate(group):
         counted[row, : len(sample.ids)] = sample.mask
     watch.counted = torch.from_numpy(counted).reshape(-1)
-    model.base_model(input_ids=torch.tensor(rows), use_cache=False, return_dict=True)  # [B, T]
+    model.base_model(input_ids=ids, use_cache=False, return_dict=True)
 
 
 def _encode_decode(model: Any, sample: Question, watch: "_Watch") -> None:

@@ -7,7 +7,6 @@ the samples falls, fewer of them where it does not. Knows no text and no weights
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from moedge.compress import page
 from moedge.compress.opening import PASS
 from moedge.compress.partition import for_kept
 from moedge.compress.plan import FitPlan, Shape
@@ -55,9 +55,7 @@ class Search:
         self.damping = cost if self.damping is None else 0.7 * self.damping + 0.3 * cost
 
     def save(self, path: Path) -> None:
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_text(json.dumps(asdict(self)))
-        os.replace(temporary, path)
+        page.write_text(path, json.dumps(asdict(self)))
 
     @classmethod
     def load(cls, path: Path) -> "Search":

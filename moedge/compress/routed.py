@@ -21,7 +21,7 @@ from moedge.models.anatomy import MoeLayer
 from moedge.models.routing import choices
 from moedge.models.trace import NONE
 from moedge.runtime.experts import feed_forward, source_of
-from moedge.runtime.forward import head_logits, vocabulary
+from moedge.runtime.forward import head_logits, padded, vocabulary
 from moedge.runtime.lm import LM
 
 PIECE = 16 << 20  # bytes of logits at once
@@ -58,6 +58,8 @@ class Distance:
     def __init__(self, lm: LM, groups: Sequence[Sequence[Weighted]]) -> None:
         self._lm, self._groups = lm, groups
         self._layers = lm.anatomy.layers
+        self._weights = [torch.tensor([w for sample in group for w in sample.weights if w]) for group in groups]  # [N]
+        self._whole = sum(float(weights.sum()) for weights in self._weights)
         self._rows = max(1, PIECE // (4 * vocabulary(lm.model)))
         with torch.no_grad():
             self._full = [self._hidden(group)[1] for group in groups]  # each [N, H]
@@ -65,8 +67,7 @@ class Distance:
     def of(self, kept: Kept) -> float:
         """The mean KL with the experts `kept`."""
         with torch.no_grad(), _Routers(self._lm, kept):
-            found = [self._kl(number)[:2] for number in range(len(self._groups))]
-        return sum(kl for kl, _ in found) / sum(weight for _, weight in found)
+            return sum(self._kl(number)[0] for number in range(len(self._groups))) / self._whole
 
     def effects(self, kept: Kept) -> tuple[Tensor, Tensor]:
         """Of each expert's going, or coming: how far the KL falls to first order, and how large a step that is, [L, E].
@@ -78,13 +79,13 @@ class Distance:
         with _without_gradients(self._lm.model):
             for number in range(len(self._groups)):
                 with _Routers(self._lm, kept, gradients=True) as routers, torch.enable_grad():
-                    _, _, (hidden, slope) = self._kl(number, gradients=True)
+                    _, hidden, slope = self._kl(number, gradients=True)
                     torch.autograd.backward(hidden, slope)
                 with torch.no_grad():
                     for layer, seen in zip(self._layers, routers.seen, strict=True):
                         allowed = routers.allowed[layer.index, : layer.num_experts]
                         found[:, layer.index, : layer.num_experts] += self._of_layer(layer, seen, allowed)
-        falls, sizes = found / sum(w for group in self._groups for sample in group for w in sample.weights)
+        falls, sizes = found / self._whole
         return falls, sizes
 
     def _of_layer(self, layer: MoeLayer, seen: _Seen | None, allowed: Tensor) -> Tensor:
@@ -115,19 +116,17 @@ class Distance:
 
     def _hidden(self, group: Sequence[Weighted]) -> tuple[Any, Tensor]:
         """The class of the body's output, and its last hidden states where a prediction counts: [N, H]."""
-        longest = max(len(sample.ids) for sample in group)
-        rows = [[*sample.ids, *[sample.ids[-1]] * (longest - len(sample.ids))] for sample in group]  # causal: unseen
         model: Any = self._lm.model
-        output = model.base_model(input_ids=torch.tensor(rows), use_cache=False, return_dict=True)
+        ids = padded([sample.ids for sample in group])
+        output = model.base_model(input_ids=ids, use_cache=False, return_dict=True)
         places = [(row, at) for row, sample in enumerate(group) for at, w in enumerate(sample.weights) if w]
         row, at = torch.tensor(places).T
         return type(output), output.last_hidden_state[row, at]
 
-    def _kl(self, number: int, gradients: bool = False) -> tuple[float, float, tuple[Tensor, Tensor]]:
-        """Of one pass the KL, its weight, and the hidden states with the KL's gradient by them [N, H]."""
-        group, full = self._groups[number], self._full[number]
-        weights = torch.tensor([w for sample in group for w in sample.weights if w])  # [N]
-        kind, hidden = self._hidden(group)
+    def _kl(self, number: int, gradients: bool = False) -> tuple[float, Tensor, Tensor]:
+        """Of one pass the KL, and the hidden states with the KL's gradient by them, [N, H] each."""
+        full, weights = self._full[number], self._weights[number]
+        kind, hidden = self._hidden(self._groups[number])
         slope, total, model = torch.zeros_like(hidden), 0.0, self._lm.model
         for at in range(0, len(hidden), self._rows):
             part = slice(at, at + self._rows)
@@ -139,7 +138,7 @@ class Distance:
             if gradients:
                 (slope[part],) = torch.autograd.grad(kl, own)
             total += kl.item()
-        return total, float(weights.sum()), (hidden, slope)
+        return total, hidden, slope
 
 
 def toggled(logits: Tensor, total: Tensor, allowed: Tensor, top_k: int) -> Tensor:

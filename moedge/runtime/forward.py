@@ -65,17 +65,18 @@ def all_logits(model: PreTrainedModel, ids: Sequence[int], cache: Any, first: in
     return _cache_of(model, output), _head(model, type(output), output.last_hidden_state[:, first:])
 
 
+def padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Token ids [B, T]: shorter rows repeat their last behind their end, where a causal model does not look."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows])
+
+
 @torch.inference_mode()
 def logits_at(
     model: PreTrainedModel, rows: Sequence[Sequence[int]], places: Sequence[tuple[int, int]]
 ) -> Iterator[Tensor]:
-    """Of several sequences in one pass, without a cache: the logits [t, V] at `places` (row, position), in pieces.
-
-    Shorter rows are filled up behind their end, where a causal model does not look, with a token they have anyway.
-    """
-    longest = max(map(len, rows))
-    ids = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows], device=model.device)  # [B, T]
-    output = model.base_model(input_ids=ids, use_cache=False, return_dict=True)
+    """Of several sequences in one pass, without a cache: the logits [t, V] at `places` (row, position), in pieces."""
+    output = model.base_model(input_ids=padded(rows).to(model.device), use_cache=False, return_dict=True)
     row, position = torch.tensor(places, device=model.device).T
     yield from _head(model, type(output), output.last_hidden_state[row, position][None])
 
