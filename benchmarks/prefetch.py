@@ -2,9 +2,9 @@
 
     python benchmarks/make_olmoe.py && python benchmarks/prefetch.py [FOLDER] [--fraction 0.35] [--pairs 3]
 
-First how often each rank of the guesses is right, over all guesses and over those of experts on disk, which alone are
-read. Then tokens/s with the prefetcher on and off, in pairs: fresh processes in a memory cgroup, from a cold page
-cache, the same tokens. Needs root and Linux.
+First how often the first, the second, ... guess is right, over all guesses and over those of experts on disk, which
+alone are read. Then tokens/s with the prefetcher on and off, in pairs: fresh processes in a memory cgroup, from a cold
+page cache, the same tokens. Needs root and Linux.
 """
 
 import json
@@ -25,44 +25,44 @@ COLUMNS = ("", "right", "right, on disk", "tokens/s", "MB per token", "hit rate"
 SPEED = ("tokens_per_second", "mb_per_token", "hit_rate")
 
 
-class Ranks:
-    """Guesses by rank: how many, and how many the router then chose."""
+class Places:
+    """Guesses by their place in the order of likelihood: how many, and how many the router then chose."""
 
     def __init__(self, top_k: int) -> None:
         self.guessed, self.right = [0] * top_k, [0] * top_k
 
-    def add(self, guesses: Sequence[tuple[int, int]], used: Sequence[int]) -> None:
-        for rank, expert in guesses:
-            self.guessed[rank] += 1
-            self.right[rank] += expert in used
+    def add(self, guesses: Sequence[int], used: Sequence[int]) -> None:
+        for place, expert in enumerate(guesses):
+            self.guessed[place] += 1
+            self.right[place] += expert in used
 
     def shares(self) -> list[float | None]:
-        """Of each rank, then of all together."""
+        """Of each place, then of all together."""
         counts = [*zip(self.right, self.guessed, strict=True), (sum(self.right), sum(self.guessed))]
         return [right / guessed if guessed else None for right, guessed in counts]
 
 
-def watch(target: Any, every: Ranks, on_disk: Ranks) -> None:
+def watch(target: Any, every: Places, on_disk: Places) -> None:
     """Have one layer's guesses counted as they are made. They are made twice, so this is not for timing."""
     guess, learn = target.guess, target.learn
-    ranked: list[tuple[int, int]] = []
+    ordered: list[int] = []
 
     def guess_and_note(hidden: Any, resident: Sequence[int]) -> Any:
-        guess(hidden, ())  # nothing resident: every rank counts
-        ranked[:] = target._last
+        guess(hidden, ())  # nothing resident: every guess counts
+        ordered[:] = target._last
         return guess(hidden, resident)
 
     def learn_and_note(used: Sequence[int]) -> None:
-        every.add(ranked, used)
+        every.add(ordered, used)
         on_disk.add(target._last, used)
-        ranked.clear()
+        ordered.clear()
         learn(used)
 
     target.guess, target.learn = guess_and_note, learn_and_note
 
 
 def worker(folder: Path, limit: int, tokens: int, mode: str) -> dict[str, Any]:
-    """One greedy answer in this process: `mode` on or off is timed, ranks counts guesses."""
+    """One greedy answer in this process: `mode` on or off is timed, places counts guesses."""
     from moedge.models.lean import lean_imports
 
     lean_imports()
@@ -74,8 +74,8 @@ def worker(folder: Path, limit: int, tokens: int, mode: str) -> dict[str, Any]:
             raise SystemExit(f"every expert fits into {limit // MIB} MiB: give a smaller --fraction or --memory")
         lm.prefetcher.enabled = mode != "off"
         top_k = lm.anatomy.layers[0].top_k
-        every, on_disk = Ranks(top_k), Ranks(top_k)
-        if mode == "ranks":
+        every, on_disk = Places(top_k), Places(top_k)
+        if mode == "places":
             for target in lm.prefetcher._next:
                 watch(target, every, on_disk)
         tally = Tally()
@@ -103,7 +103,7 @@ def run(folder: Path, limit: int, tokens: int, mode: str) -> dict[str, Any]:
 @click.option("--memory", type=int, help="The limit in bytes, in place of --fraction.")
 @click.option("--tokens", default=64, show_default=True)
 @click.option("--pairs", default=3, show_default=True, help="How often it runs with the prefetcher on, and off.")
-@click.option("--mode", type=click.Choice(("on", "off", "ranks")), hidden=True)
+@click.option("--mode", type=click.Choice(("on", "off", "places")), hidden=True)
 @click.option("--save", is_flag=True, help="Write benchmarks/results/prefetch-FOLDER.json.")
 def main(
     folder: Path | None, fraction: float, memory: int | None, tokens: int, pairs: int, mode: str | None, save: bool
@@ -114,7 +114,7 @@ def main(
     if mode:
         click.echo(json.dumps(worker(folder, limit, tokens, mode)))
         return
-    ranks = run(folder, limit, tokens, "ranks")
+    places = run(folder, limit, tokens, "places")
     runs: dict[str, list[dict[str, Any]]] = {"on": [], "off": []}
     for pair in range(pairs):
         for kind in ("on", "off") if pair % 2 else ("off", "on"):
@@ -123,10 +123,10 @@ def main(
         kind: {name: statistics.median(one[name] for one in each) for name in SPEED} for kind, each in runs.items()
     }
     ratios = [on[SPEED[0]] / off[SPEED[0]] for on, off in zip(runs["on"], runs["off"], strict=True)]
-    names = [*(f"rank {rank + 1}" for rank in range(len(ranks["right"]) - 1)), "all ranks"]
+    names = [*(f"guess {place + 1}" for place in range(len(places["right"]) - 1)), "all guesses"]
     rows = [
         dict(zip(COLUMNS, (name, right, on_disk, "", "", ""), strict=True))
-        for name, right, on_disk in zip(names, ranks["right"], ranks["right_on_disk"], strict=True)
+        for name, right, on_disk in zip(names, places["right"], places["right_on_disk"], strict=True)
     ]
     rows += [
         dict(zip(COLUMNS, (f"prefetcher {kind}", "", "", *speed.values()), strict=True))
@@ -137,8 +137,8 @@ def main(
         "limit_bytes": limit,
         "tokens": tokens,
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
-        "right": ranks["right"],
-        "right_on_disk": ranks["right_on_disk"],
+        "right": places["right"],
+        "right_on_disk": places["right_on_disk"],
         "speeds": speeds,
         "ratios_on_to_off": ratios,
         "median_ratio": statistics.median(ratios),

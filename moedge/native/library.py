@@ -107,6 +107,17 @@ class Library:
     def rms_norm(self, norm: Norm) -> None:
         self._c.moedge_rms_norm(byref(norm))
 
+    def short_bytes(self, count: int) -> int:
+        """Bytes of `count` bf16 numbers in 12 bits each; a multiple of 32 of them."""
+        return int(self._c.moedge_short_bytes(count))
+
+    def shorten(self, numbers: int, count: int, out: int) -> bool:
+        """bf16 numbers to 12 bits each, without loss; False where their exponents differ too much."""
+        return bool(self._c.moedge_shorten(numbers, count, out))
+
+    def restore(self, shortened: int, count: int, out: int) -> None:
+        self._c.moedge_restore(shortened, count, out)
+
     def dequantise(self, matrix: Matrix, extent: int, rows: tuple[int, int], bf16: bool, out: int) -> None:
         """Rows from, to of a stored matrix to the address `out`, as fp32 or bf16."""
         self._c.moedge_dequantise(self._variant, byref(matrix), extent, *rows, bf16, out)
@@ -129,6 +140,9 @@ def _functions(path: Path) -> Any:
     c.moedge_rms_norm.restype, c.moedge_rms_norm.argtypes = None, (POINTER(Norm),)
     c.moedge_dequantise.restype = None
     c.moedge_dequantise.argtypes = (c_int, POINTER(Matrix), c_void_p, c_int, c_int, c_int, c_void_p)
+    c.moedge_short_bytes.restype, c.moedge_short_bytes.argtypes = ctypes.c_size_t, (c_int64,)
+    c.moedge_shorten.restype, c.moedge_shorten.argtypes = c_int, (c_void_p, c_int64, c_void_p)
+    c.moedge_restore.restype, c.moedge_restore.argtypes = None, (c_void_p, c_int64, c_void_p)
     c.moedge_read_sum.restype, c.moedge_read_sum.argtypes = ctypes.c_uint64, (c_int, c_void_p, ctypes.c_size_t, c_int)
     return c
 
@@ -144,7 +158,9 @@ def load() -> Library | None:
     """The kernels, or None, said once in the log, where they were not built, are stale, or fail their check."""
     library, reason = _load(HERE / LIBRARY)
     if library is None:
-        _LOG.warning("the C kernels are not used: %s. Experts in int8 and int4 are computed with torch, slower", reason)
+        _LOG.warning(
+            "the C kernels are not used: %s. Experts in int8 and int4 are slower, and fewer in bf16 fit", reason
+        )
     return library
 
 

@@ -14,14 +14,15 @@ from torch import Tensor
 from moedge.errors import ContextError, MemoryLimitError, ModelError
 from moedge.models.load import Blueprint
 from moedge.models.pack import PackedExperts
-from moedge.runtime.device import process_memory
+from moedge.runtime.device import forget_code, process_memory
 from moedge.runtime.extents import SCRATCH
 from moedge.runtime.reader import BLOCK, PAGE
+from moedge.runtime.shorten import can_shorten, short_bytes
 from moedge.runtime.store import READ_THREADS
 from moedge.units import format_size
 
 DEFAULT_CONTEXT = 2048  # tokens, where a limit is given and no context
-LATER_IMPORTS = 24 << 20  # what running adds to the process after planning: code, thread stacks, BLAS buffers
+LATER = 56 << 20  # what running adds to the process after planning: code, imports, thread stacks, BLAS buffers
 LOGITS = 16 << 20  # the least reserved for logits
 ACTIVATION_COPIES = 14  # hidden-size tensors alive at once in one decoder layer, with room for the allocator
 
@@ -43,8 +44,9 @@ class Plan:
     rows: tuple[Row, ...]
     capacities: tuple[int, ...]
     num_experts: tuple[int, ...]
-    spare: int
-    slot_bytes: int
+    spare: int  # slots besides, for reads under way
+    slot_bytes: int  # of each expert that stays
+    short: bool  # whether these are kept in 12 bits a number
     context: int | None
     parallel: int
     prefill_chunk: int
@@ -80,6 +82,7 @@ def make_plan(
     context = _checked_context(blueprint, limit, context, parallel)
     stride = -(-max(layout.nbytes for layout in blueprint.experts.layouts) // PAGE) * PAGE
     spare = max(layer.top_k for layer in layers)
+    slot, short = stride, False
     counts = tuple(layer.num_experts for layer in layers)
     fixed = _fixed_rows(blueprint, context, parallel, prefill_chunk) if limit is not None or context else ()
     if limit is None:
@@ -90,20 +93,38 @@ def make_plan(
         if left < spare * stride:
             raise _too_little(limit, left, spare * stride, spare, fixed)
         capacities = share_slots(left // stride - spare, counts)
-    held = sum(capacities) + spare
-    slots = Row("expert slots", held * stride, f"{held} of {format_size(stride)}, {spare} of them for reads under way")
+        if capacities != counts and (shorter := _shorter_slots(blueprint, stride)):
+            working = min(spare, READ_THREADS + 2)  # one to be read into by each thread, one to compute with, one ready
+            more = share_slots((left - working * stride) // shorter, counts)
+            if sum(more) > sum(capacities):
+                capacities, spare, slot, short = more, working, shorter, True
     return Plan(
         limit=limit,
-        rows=(*fixed, slots),
+        rows=(*fixed, _slots_row(sum(capacities), slot, spare, stride)),
         capacities=capacities,
         num_experts=counts,
         spare=spare,
-        slot_bytes=stride,
+        slot_bytes=slot,
+        short=short,
         context=context,
         parallel=parallel,
         prefill_chunk=prefill_chunk,
         logits_bytes=None if limit is None else next(row.nbytes for row in fixed if row.name == "logits"),
     )
+
+
+def _shorter_slots(blueprint: Blueprint, stride: int) -> int | None:
+    """Bytes of a slot for experts in 12 bits a number, where they can be kept so."""
+    nbytes = short_bytes(stride) if can_shorten(blueprint.experts, blueprint.checkpoint) else None
+    return None if nbytes is None else -(-nbytes // PAGE) * PAGE
+
+
+def _slots_row(stay: int, slot: int, spare: int, stride: int) -> Row:
+    if slot == stride:
+        basis = f"{stay + spare} of {format_size(stride)}, {spare} of them for reads under way"
+    else:
+        basis = f"{stay} of {format_size(slot)}, 12 bits a number (exact); {spare} of {format_size(stride)} for reads"
+    return Row("expert slots", stay * slot + spare * stride, basis)
 
 
 def share_slots(slots: int, num_experts: Sequence[int]) -> tuple[int, ...]:
@@ -133,6 +154,7 @@ def _checked_context(blueprint: Blueprint, limit: int | None, context: int | Non
 
 def _fixed_rows(blueprint: Blueprint, context: int | None, parallel: int, chunk: int) -> tuple[Row, ...]:
     """Everything that is not an expert slot."""
+    forget_code()
     now, _ = process_memory()
     tokens = context or 0
     chunk = min(chunk, tokens) if tokens else chunk
@@ -141,8 +163,8 @@ def _fixed_rows(blueprint: Blueprint, context: int | None, parallel: int, chunk:
     return (
         Row(
             "process",
-            now + LATER_IMPORTS,
-            f"{format_size(now)} measured now, {format_size(LATER_IMPORTS)} for later imports",
+            now + LATER,
+            f"{format_size(now)} measured now, {format_size(LATER)} for what running adds",
         ),
         Row("backbone", blueprint.backbone_bytes, f"parameters outside the experts, {blueprint.dtype}"[:60]),
         Row("context", cache, f"{tokens} tokens for {parallel}, cache of the model run on the meta device"),
@@ -151,7 +173,7 @@ def _fixed_rows(blueprint: Blueprint, context: int | None, parallel: int, chunk:
             activation_bytes(blueprint, chunk, tokens) + _coded_bytes(blueprint, chunk),
             f"estimate for a prefill chunk of {chunk} tokens",
         ),
-        Row("logits", max(LOGITS, 4 * 4 * _vocabulary(blueprint)), "for inputs scored at once"),
+        Row("logits", logits_bytes(blueprint, tokens * parallel), "for inputs scored at once"),
         Row(
             "read buffers",
             READ_THREADS * (BLOCK + scratch),
@@ -233,6 +255,13 @@ def activation_bytes(blueprint: Blueprint, chunk: int, context: int) -> int:
     scores = 16 * max(layer.num_experts for layer in blueprint.anatomy.layers)  # fp32 router logits and their copies
     mask = 5 * max(chunk, context)  # per token: bool, and the additive float that attention makes of it
     return chunk * (per_token * size + scores + mask)
+
+
+def logits_bytes(blueprint: Blueprint, tokens: int) -> int:
+    """What logits may take: those of `tokens` tokens, at most LOGITS; at least four in fp32, to be sampled from."""
+    vocabulary = _vocabulary(blueprint)
+    most = LOGITS if not tokens else min(LOGITS, tokens * vocabulary * blueprint.dtype.itemsize)
+    return max(most, 4 * 4 * vocabulary)
 
 
 def _coded_bytes(blueprint: Blueprint, chunk: int) -> int:

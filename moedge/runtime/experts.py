@@ -94,6 +94,8 @@ def _mix(module: Any, source: ExpertSource, hidden: Tensor, index: Tensor, weigh
     # [T, H], [T, k], [T, k] -> [T, H]
     if source.coded is not None and source.coded.kernel is not None and source.observer is None:
         return source.mix(source.coded, hidden, index, weights)
+    if len(hidden) == 1 and source.observer is None:
+        return _mix_one(module, source, hidden, index, weights)
     done: dict[int, tuple[Tensor, Tensor]] = {}  # expert -> tokens [N], weighted outputs [N, H]
     for expert, parameters in source.fetch(index, weights):
         position, token = _rows(index, expert)
@@ -105,6 +107,24 @@ def _mix(module: Any, source: ExpertSource, hidden: Tensor, index: Tensor, weigh
     for expert in sorted(done):
         token, value = done[expert]
         out.index_add_(0, token, value.to(out.dtype))
+    return out.to(hidden.dtype)
+
+
+def _mix_one(module: Any, source: ExpertSource, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """As _mix for a single token, without looking for each expert's rows: these take longer than some experts."""
+    places: dict[int, list[int]] = {}  # a table from token to experts (DeepSeek V4) may name one twice
+    for place, expert in enumerate(index[0].tolist()):
+        places.setdefault(expert, []).append(place)
+    once, columns = hidden.clone(), weights.T.unbind()  # as eager's own row: its address is aligned
+    done: dict[int, Tensor] = {}
+    for expert, parameters in source.fetch(index, weights):
+        first, *more = places[expert]
+        rows = hidden.repeat(1 + len(more), 1) if more else once
+        done[expert] = feed_forward(module, parameters, rows) * (weights.T[places[expert]] if more else columns[first])
+    out = torch.zeros_like(hidden, dtype=source.sum_dtype(module, hidden, weights))
+    for expert in sorted(done):
+        for value in done[expert].to(out.dtype).unbind():
+            out += value
     return out.to(hidden.dtype)
 
 

@@ -183,7 +183,7 @@ def _assemble(
 
         for source, layer in zip(sources, coded_layers(model, blueprint.anatomy, experts), strict=True):
             source.coded = layer
-    store = DiskStore(experts, DirectReader(blueprint.checkpoint), caches, plan.spare)
+    store = DiskStore(experts, DirectReader(blueprint.checkpoint), caches, plan.spare, plan.short)
     return LM(model, tokenizer, store, plan, blueprint, sources)
 
 

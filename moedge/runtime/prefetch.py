@@ -1,8 +1,9 @@
 """Guess the next layer's experts while one token is decoded, so that the disk works while attention is computed.
 
 The guess is the next router's own: applied, through the next layer's norm, to this layer's output, which attention has
-yet to change (as in Eliseev & Mazur 2023, arXiv 2312.17238, section 3.2). Ranks whose guesses of experts on disk prove
-wrong too often are not read. A guess changes no result and no cache, only when bytes are read. Knows no disk.
+yet to change (as in Eliseev & Mazur 2023, arXiv 2312.17238, section 3.2). Of the experts on disk the likeliest are
+read, in this order, as far down as such guesses prove right. A guess changes no result and no cache, only when bytes
+are read. Knows no disk.
 """
 
 from collections.abc import Sequence
@@ -16,9 +17,9 @@ from transformers import PreTrainedModel
 from moedge.models.anatomy import Anatomy, MoeLayer
 from moedge.runtime.store import Glimpse
 
-WORTH = 0.92  # a rank of the guess is read while it is right this often
+WORTH = 0.7  # a place in the order is read while it is right this often
 MEMORY = 64  # how many guesses back that is judged, about
-UNKNOWN = 0.5  # what a rank begins with: it has to prove itself before anything is read for it
+UNKNOWN = 0.5  # what a place begins with: it has to prove itself before anything is read for it
 
 
 class Prefetching(Protocol):
@@ -41,7 +42,9 @@ class Prefetcher:
         self._store = store
         modules = dict(model.named_modules())
         blocks = [modules[_decoder_layer(modules, layer)] for layer in anatomy.layers]
-        self._next = [_Target(layer, modules, block) for layer, block in zip(anatomy.layers, blocks, strict=True)]
+        self.right = [UNKNOWN] * max(layer.top_k for layer in anatomy.layers)  # by place, of all layers together
+        pairs = zip(anatomy.layers, blocks, strict=True)
+        self._next = [_Target(layer, modules, block, self.right) for layer, block in pairs]
         for index, block in enumerate(blocks):
             following = blocks[index + 1] if index + 1 < len(blocks) else None
             block.register_forward_hook(self._hook(index, guess=following is not None and following is not block))
@@ -63,14 +66,14 @@ class Prefetcher:
 
 
 class _Target:
-    """The MoE layer that is guessed for: its norm and router, and how often each rank of the guesses was right."""
+    """The MoE layer that is guessed for: its norm and router. `right[i]`: how often the i-th guess was right."""
 
-    def __init__(self, layer: MoeLayer, modules: dict[str, nn.Module], block: nn.Module) -> None:
+    def __init__(self, layer: MoeLayer, modules: dict[str, nn.Module], block: nn.Module, right: list[float]) -> None:
         self._top_k = layer.top_k
         self._router = modules[layer.router]
         self._norm: nn.Module | None = None
-        self._last: list[tuple[int, int]] = []  # rank, expert
-        self._right = [UNKNOWN] * layer.top_k
+        self._last: list[int] = []
+        self._right = right
         self._find_norm(modules[layer.block], block)
 
     def _find_norm(self, moe: nn.Module, block: nn.Module) -> None:
@@ -98,14 +101,14 @@ class _Target:
             return []
         with torch.inference_mode():
             scores = linear(self._norm(hidden)[0, 0].to(weight.dtype), weight, bias)  # [E]
-        ranked = enumerate(scores.topk(self._top_k).indices.tolist())
-        self._last = [(rank, expert) for rank, expert in ranked if expert not in resident]
-        return [expert for rank, expert in self._last if self._right[rank] >= WORTH]
+        self._last = [expert for expert in scores.topk(self._top_k).indices.tolist() if expert not in resident]
+        worth = (expert for expert, right in zip(self._last, self._right, strict=False) if right >= WORTH)
+        return list(worth)
 
     def learn(self, used: Sequence[int]) -> None:
         """Compare the last guess with the experts that the router then chose."""
-        for rank, expert in self._last:
-            self._right[rank] += ((expert in used) - self._right[rank]) / MEMORY
+        for place, expert in enumerate(self._last):
+            self._right[place] += ((expert in used) - self._right[place]) / MEMORY
         self._last = []
 
 

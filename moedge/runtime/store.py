@@ -1,6 +1,7 @@
 """Where expert bytes live: a fixed set of slots in memory, a cache per layer, and threads that fill slots from disk.
 
-A slot is never written while someone computes with it. Misses may be handed out in the order in which their reads end;
+A slot is never written while someone computes with it. Experts may be kept shortened (shorten.py): then they are
+restored into another slot for each use. Misses may be handed out in the order in which their reads end;
 who needs a fixed order (experts.py) restores it. Knows layers and experts as integers and their bytes; no routing.
 """
 
@@ -19,6 +20,7 @@ from moedge.models.expert_map import ExpertMap
 from moedge.models.pack import PackedExperts
 from moedge.runtime.policy import LayerCache
 from moedge.runtime.reader import PAGE, DirectReader, Target
+from moedge.runtime.shorten import restore, short_bytes, shorten
 
 READ_THREADS = 4
 Parameters = dict[str, torch.Tensor]
@@ -149,8 +151,9 @@ def _read_extent(experts: PackedExperts, reader: DirectReader, layer: int, exper
 class DiskStore:
     """Experts on disk, as many in memory as there are slots.
 
-    `capacities[l]` experts of layer l stay between events; `spare` more slots (at least 1, best the experts of one
-    token) hold what is being read. Events exclude each other: a second thread waits until the first is done.
+    `caches[l].capacity` experts of layer l stay between events, with `short` in 12 bits a number; `spare` more slots
+    (at least 1, best the experts of one token) hold what is being read. Events exclude each other: a second thread
+    waits until the first is done.
     """
 
     def __init__(
@@ -159,22 +162,25 @@ class DiskStore:
         reader: DirectReader,
         caches: Sequence[LayerCache],
         spare: int,
-        threads: int = READ_THREADS,
+        short: bool = False,
     ) -> None:
         self.counters = Counters()
         self.caches = tuple(caches)
         self.glimpses = [Glimpse() for _ in caches]  # replaced whole, so that any thread may read them
         self._map, self._reader = experts, reader
-        self._slots = Slots(sum(c.capacity for c in caches) + spare, max(lay.nbytes for lay in experts.layouts))
-        self._held: tuple[dict[int, int], ...] = tuple({} for _ in caches)  # per layer: resident expert -> slot
+        stay, nbytes = sum(c.capacity for c in caches), max(layout.nbytes for layout in experts.layouts)
+        self._slots = Slots(spare if short else stay + spare, nbytes)  # what is computed with
+        self._kept = Slots(stay, short_bytes(nbytes) or 0) if short else self._slots
+        self._held: tuple[dict[int, int], ...] = tuple({} for _ in caches)  # per layer: resident expert -> kept slot
         self._ahead: dict[tuple[int, int], tuple[Future[int], int]] = {}  # (layer, expert) -> its early read, its slot
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="moedge-read")
+        self._pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="moedge-read")
+        self._early = ThreadPoolExecutor(1, thread_name_prefix="moedge-ahead")  # one by one, the likeliest first
         self._event = threading.Lock()
         self._owner: int | None = None
 
     @property
     def resident_bytes(self) -> int:
-        return sum(len(held) for held in self._held) * self._slots.stride
+        return sum(len(held) for held in self._held) * self._kept.stride
 
     def resident(self, layer: int) -> frozenset[int]:
         return frozenset(self._held[layer])
@@ -211,18 +217,18 @@ class DiskStore:
                     return
                 if expert not in self._held[layer] and (layer, expert) not in self._ahead:
                     slot = free.pop()
-                    self._ahead[layer, expert] = self._pool.submit(self._load, layer, expert, slot), slot
+                    self._ahead[layer, expert] = self._early.submit(self._load, layer, expert, slot), slot
         finally:
             self._event.release()
 
     def _claim(self, layer: int, experts: Sequence[int]) -> dict[Future[int], tuple[int, int]]:
-        """The early reads of `experts` (all of one layer); wrong guesses that have ended give their slots back."""
+        """The early reads of `experts` (all of one layer) that have begun; what has not, or was wrong, is given up."""
         claimed = {}
         for key, (future, slot) in list(self._ahead.items()):
-            if key[0] == layer and key[1] in experts:
-                claimed[future] = (key[1], slot)
-            elif future.cancel():
+            if future.cancel():
                 self._slots.free.append(slot)
+            elif key[0] == layer and key[1] in experts:
+                claimed[future] = (key[1], slot)
             elif future.done():
                 if not future.exception():  # a guess that cannot be read is no error until someone needs it
                     self.counters.bytes_read += future.result()
@@ -247,12 +253,31 @@ class DiskStore:
     def _views(self, layer: int, expert: int, slot: int) -> Parameters:
         return self._map.views(layer, expert, self._slots[slot])
 
+    @property
+    def _short(self) -> bool:
+        return self._kept is not self._slots
+
+    def _restore(self, layer: int, kept: int, slot: int) -> None:
+        restore(self._kept[kept], self._map.layouts[layer].nbytes, self._slots[slot])
+
+    def _keep(self, layer: int, slot: int) -> int | None:
+        """Where the expert in `slot` stays from now on; None where it cannot be shortened. Gives back other slots."""
+        if not self._short:
+            return slot
+        kept = self._kept.free.pop()
+        done = shorten(self._slots[slot], self._map.layouts[layer].nbytes, self._kept[kept])
+        self._slots.free.append(slot)
+        if not done:
+            self._kept.free.append(kept)
+        return kept if done else None
+
     def _load(self, layer: int, expert: int, slot: int) -> int:
         """Bring one expert into a slot (on a reading thread). Returns the bytes read."""
         return read_expert(self._map, self._reader, layer, expert, self._slots[slot])
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._early, self._pool):
+            pool.shutdown(wait=True, cancel_futures=True)
         self._reader.close()
 
 
@@ -267,23 +292,27 @@ class _Event:
         access = store.caches[layer].access(experts, weights)
         self._store, self._layer, self._access = store, layer, access
         self._leaving = frozenset(access.evicted)
-        self._held, self._free = store._held[layer], store._slots.free
+        self._held, self._free, self._kept = store._held[layer], store._slots.free, store._kept.free
         self._reading = store._claim(layer, access.misses)
         early = {expert for expert, _ in self._reading.values()}
         self._waiting = deque(expert for expert in access.misses if expert not in early)
         store.counters.hits += len(access.hits)
         store.counters.misses += len(access.misses)
         for expert in self._leaving.intersection(self._held).difference(access.hits):
-            self._free.append(self._held.pop(expert))
-        self._start_reads()
+            self._kept.append(self._held.pop(expert))
+        self._start_reads(leave=bool(access.hits) and store._short)
 
-    def _start_reads(self) -> None:
-        while self._waiting and self._free:
+    def _start_reads(self, leave: int = 0) -> None:
+        """As many as there are free slots, but for `leave`: what is kept shortened needs one to be restored in."""
+        while self._waiting and len(self._free) > leave:
             expert, slot = self._waiting.popleft(), self._free.pop()
             self._reading[self._store._pool.submit(self._store._load, self._layer, expert, slot)] = (expert, slot)
 
     def hits(self) -> Iterator[list[tuple[int, Parameters]]]:
         """First those that are to leave: their slots are what waiting reads need."""
+        if self._store._short:
+            yield from self._restored()
+            return
         leaving = [expert for expert in self._access.hits if expert in self._leaving]
         staying = [expert for expert in self._access.hits if expert not in self._leaving]
         for experts in (leaving, staying):
@@ -292,6 +321,19 @@ class _Event:
             if experts is leaving:
                 self._free.extend(self._held.pop(expert) for expert in leaving)
                 self._start_reads()
+
+    def _restored(self) -> Iterator[list[tuple[int, Parameters]]]:
+        """The hits, one after the other in the same slot."""
+        for expert in self._access.hits:
+            slot = self._free.pop()
+            try:
+                self._store._restore(self._layer, self._held[expert], slot)
+                yield [(expert, self._store._views(self._layer, expert, slot))]
+            finally:
+                self._free.append(slot)
+            if expert in self._leaving:
+                self._kept.append(self._held.pop(expert))
+        self._start_reads()
 
     def misses(self) -> Iterator[list[tuple[int, Parameters]]]:
         while self._reading:
@@ -303,8 +345,8 @@ class _Event:
                 expert, slot = self._reading.pop(future)
                 if expert in self._leaving:
                     self._free.append(slot)
-                else:
-                    self._held[expert] = slot
+                elif (kept := self._store._keep(self._layer, slot)) is not None:
+                    self._held[expert] = kept
             self._start_reads()
         assert not self._waiting, "the store has fewer slots than its caches and one spare"
 
@@ -314,7 +356,7 @@ class _Event:
         self._free.extend(slot for _, slot in self._reading.values())
         self._reading.clear()
         for expert in self._leaving.intersection(self._held):
-            self._free.append(self._held.pop(expert))
+            self._kept.append(self._held.pop(expert))
         for expert in self._store.caches[self._layer].resident - self._held.keys():
             self._store.caches[self._layer].forget(expert)
         hits, misses = self._access.hits, self._access.misses

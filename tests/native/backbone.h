@@ -1,4 +1,4 @@
-/* Checks of what the backbone uses: rows times a matrix, the norm, and rounding. */
+/* Checks of what the backbone uses: rows times a matrix, the norm, and rounding; and of numbers in 12 bits. */
 
 #ifndef BACKBONE_H
 #define BACKBONE_H
@@ -95,6 +95,26 @@ static void check_rounding(int code) {
     if (moedge_quantise(&call) != 1) exit(3);
     x[0] = kept;
     free(x), free(factors), free(values), free(scales), free(zeros);
+}
+
+/* Numbers around one size, with zeros and, up to more than fit into the list, numbers of any other size. */
+static void check_shortening(void) {
+    static const moedge_matrix none = {.code = MOEDGE_BF16};
+    int count = 32 * (1 + below(200)), rare = below(3) ? 2 + below(400) : 0, size = below(256), any = 0;
+    uint16_t *x = allocate((size_t)count * 2), *again = allocate((size_t)count * 2);
+    for (int i = 0; i < count; i++) {
+        int exponent = size - below(15), odd = rare && below(rare) == 0;
+        x[i] = (uint16_t)((odd ? below(256) : exponent < 0 ? 0 : exponent) << 7 | below(128) | below(2) << 15);
+        any += odd;
+    }
+    uint8_t *out = allocate(moedge_short_bytes(count));
+    int done = moedge_shorten(x, count, out);
+    if (!done && any <= count / 512 + 16) fail("numbers that fit", 0, &none, count, any, count / 512 + 16);
+    if (done) {
+        moedge_restore(out, count, again);
+        if (memcmp(x, again, (size_t)count * 2)) fail("shortened numbers", 0, &none, count, 1, 0);
+    }
+    free(x), free(again), free(out);
 }
 
 #endif

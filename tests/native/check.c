@@ -191,6 +191,7 @@ int main(int count, char **arguments) {
             if (rounds % 6 >= MOEDGE_INT8) check_dequantise(v, rounds % 6);
             check_linear(v, rounds % 6);
             check_norm();
+            check_shortening();
             check_rounding(rounds % 2 ? MOEDGE_INT8 : MOEDGE_INT4);
         }
         printf("%s: %d rounds\n", moedge_variant_name(v), rounds);

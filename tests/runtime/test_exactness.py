@@ -16,6 +16,7 @@ from transformers import AutoConfig
 
 from moedge.models.architecture import text_class
 from moedge.models.tiny import make_tiny, tiny_config
+from moedge.native import library
 from moedge.runtime.lm import LM
 
 Tiny = Callable[..., Path]
@@ -73,6 +74,19 @@ def test_other_architectures(model_type: str, tiny: Tiny, load_with: Callable[..
         with load_with(capacity, folder, dtype=dtype) as lm:
             for given in inputs(reference, (batch,)):
                 assert_same_logits(lm.model, reference, given)
+
+
+@pytest.mark.skipif(library.load() is None, reason="the C kernels were not built")
+@pytest.mark.parametrize("model_type", NAMED)
+def test_experts_kept_in_12_bits(model_type: str, tiny: Tiny, load_with: Callable[..., LM]) -> None:
+    folder = tiny(model_type, dtype=torch.bfloat16)
+    reference = stock(folder)
+    for capacity in (HALF, ALL):
+        with load_with(capacity, folder, short=True) as lm:
+            for _ in range(2):
+                for given in inputs(reference):
+                    assert_same_logits(lm.model, reference, given)
+            assert lm.store.counters.hits
 
 
 @pytest.mark.parametrize("model_type", [name for name in NAMED if not tiny_config(name).is_encoder_decoder])

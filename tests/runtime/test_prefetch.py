@@ -34,11 +34,11 @@ def model(tiny: Callable[..., Path]) -> torch.nn.Module:
 
 @pytest.fixture
 def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every rank counts as right until it proves wrong."""
+    """Every guess counts as right until it proves wrong."""
     monkeypatch.setattr(prefetch, "UNKNOWN", 1.0)
 
 
-def test_a_rank_has_to_prove_itself_first(model: torch.nn.Module) -> None:
+def test_guesses_have_to_prove_themselves_first(model: torch.nn.Module) -> None:
     store = Guesses(len(model.model.layers))
     Prefetcher(model, dissect(model), store)
     with torch.inference_mode():
@@ -69,7 +69,7 @@ def test_without_attention_the_guess_is_what_the_router_chooses(model: torch.nn.
                 store.glimpses[layer] = Glimpse(used=tuple(chosen[layer]))
 
 
-def test_ranks_that_are_wrong_are_given_up_and_come_back(model: torch.nn.Module) -> None:
+def test_guesses_that_are_wrong_are_given_up_and_come_back(model: torch.nn.Module) -> None:
     store = Guesses(len(model.model.layers))
     Prefetcher(model, dissect(model), store)
     with torch.inference_mode():

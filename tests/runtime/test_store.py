@@ -1,6 +1,7 @@
 """The expert store: right bytes in the right slot, whatever the order of reads, threads, failures and cache sizes."""
 
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,14 +14,25 @@ import torch
 
 from moedge.errors import CheckpointError
 from moedge.models.load import Blueprint, draw
+from moedge.runtime import store as store_module
 from moedge.runtime.policy import LayerCache, Lru
 from moedge.runtime.reader import DirectReader, Target
 from moedge.runtime.store import DiskStore, MemoryStore
 
+SHORT = False
+
+
+@pytest.fixture(params=[False, True], ids=["as they are", "in 12 bits"], autouse=True)
+def short(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """In what form the stores of `opened` keep experts."""
+    chosen: bool = request.param
+    monkeypatch.setattr(sys.modules[__name__], "SHORT", chosen)
+    return chosen
+
 
 @pytest.fixture
 def blueprint(tiny: Callable[..., Path]) -> Iterator[Blueprint]:
-    drawn = draw(tiny("qwen3_moe"))
+    drawn = draw(tiny("qwen3_moe", dtype=torch.bfloat16))
     yield drawn
     drawn.checkpoint.close()
 
@@ -38,9 +50,14 @@ def opened(
 ) -> Iterator[DiskStore]:
     layers = blueprint.anatomy.layers
     caches = [LayerCache(x.num_experts, capacity, Lru(x.num_experts, capacity)) for x in layers]
-    store = DiskStore(blueprint.experts, reader or DirectReader(blueprint.checkpoint), caches, spare)
+    store = DiskStore(blueprint.experts, reader or DirectReader(blueprint.checkpoint), caches, spare, SHORT)
     yield store
     store.close()
+
+
+def free_slots(store: DiskStore) -> int:
+    """All that are free; experts that stay in 12 bits have slots of their own."""
+    return len(store._slots.free) + (len(store._kept.free) if SHORT else 0)
 
 
 def check(blueprint: Blueprint, store: DiskStore, layer: int, experts: Sequence[int]) -> None:
@@ -83,7 +100,7 @@ def test_any_sequence_of_events_gives_the_right_bytes(blueprint: Blueprint, capa
             assert store.resident(layer) == store.caches[layer].resident
         assert store.counters.hits + store.counters.misses == requested
         assert (store.counters.hits > 0) == (capacity > 0)
-        assert store.resident_bytes <= capacity * len(layers) * store._slots.stride
+        assert store.resident_bytes <= capacity * len(layers) * store._kept.stride
 
 
 def test_a_hit_reads_nothing_and_a_miss_reads_the_expert(blueprint: Blueprint) -> None:
@@ -130,27 +147,27 @@ def test_fetch_inside_a_fetch_of_the_same_thread_is_refused(blueprint: Blueprint
 @pytest.mark.parametrize("used", [0, 1, 3])
 def test_a_consumer_that_stops_early_loses_no_slot(blueprint: Blueprint, used: int) -> None:
     with opened(blueprint, capacity=2, spare=2) as store:
-        free = len(store._slots.free)
+        free = free_slots(store)
         for _ in range(10):
             event = store.fetch(0, [0, 1, 2, 3, 4])
             for _ in range(used):
                 next(event)
             event.close()
         held = sum(len(store.resident(layer)) for layer in range(len(store.caches)))
-        assert len(store._slots.free) + held == free
+        assert free_slots(store) + held == free
         check(blueprint, store, 0, list(range(8)))
 
 
 def test_a_failed_read_is_reported_and_forgotten(blueprint: Blueprint) -> None:
     reader = Hostile(blueprint, seed=1, fail="experts.3.")
     with opened(blueprint, capacity=8, spare=2, reader=reader) as store:
-        free = len(store._slots.free)
+        free = free_slots(store)
         for _ in range(5):
             with pytest.raises(CheckpointError, match="no such luck"):
                 check(blueprint, store, 0, [2, 3, 4])
         assert 3 not in store.resident(0)
         assert store.caches[0].resident == store.resident(0)
-        assert len(store._slots.free) + len(store.resident(0)) == free
+        assert free_slots(store) + len(store.resident(0)) == free
         reader.fail = ""
         check(blueprint, store, 0, [2, 3, 4])
 
@@ -189,7 +206,7 @@ def test_guesses_right_or_wrong_change_no_bytes_and_no_cache(blueprint: Blueprin
         wait([future for future, _ in store._ahead.values()])
         check(blueprint, store, 0, [0])
         held = sum(len(store.resident(layer)) for layer in range(layers))
-        assert held + len(store._slots.free) == capacity * layers + spare, "a slot was lost"
+        assert held + free_slots(store) == capacity * layers + spare, "a slot was lost"
 
 
 def test_a_guess_that_cannot_be_read_is_no_error_until_it_is_needed(blueprint: Blueprint) -> None:
@@ -209,3 +226,16 @@ def test_a_guess_during_an_event_waits_for_nothing(blueprint: Blueprint) -> None
         for _ in store.fetch(0, [1]):
             store.prefetch(1, [1])
         assert not store._ahead
+
+
+def test_an_expert_that_cannot_be_shortened_is_used_and_not_kept(
+    blueprint: Blueprint, short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "shorten", lambda *_: False)
+    with opened(blueprint, capacity=2, spare=2) as store:
+        free = free_slots(store)
+        for _ in range(3):
+            check(blueprint, store, 0, [1, 2])
+        assert store.resident(0) == store.caches[0].resident == (set() if short else {1, 2})
+        assert free_slots(store) + len(store.resident(0)) == free
+        assert store.counters.hits == (0 if short else 4)
