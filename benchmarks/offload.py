@@ -3,9 +3,10 @@
     python benchmarks/make_olmoe.py && python benchmarks/offload.py [--fraction 0.35] [--pairs 3] [--tokens 64]
 
 Each run is a fresh process in a fresh cgroup (swap off), with the machine's page cache dropped and readahead at 128
-KiB. moedge gets `--memory` equal to the cgroup's limit. The other side is transformers with accelerate's disk offload
-of every expert; where the kernel kills it, the smallest limit at which it lives is searched and used. Runs are paired:
-moedge, stock, moedge, stock. Needs root and Linux. Set OMP_NUM_THREADS for both sides.
+KiB. moedge gets `--memory` equal to the cgroup's limit, and runs the checkpoint as it is and, exact too, a pack of it
+made with `--bits 12`. The other side is transformers with accelerate's disk offload of every expert, for which it
+writes a copy of the checkpoint too; where the kernel kills it, the smallest limit at which it lives is searched and
+used. Runs are paired: moedge, pack, stock, moedge, pack, stock. Needs root and Linux. Set OMP_NUM_THREADS for all.
 """
 
 import json
@@ -44,8 +45,16 @@ class Bench:
         lines = run.stdout.strip().splitlines()
         return run, json.loads(lines[-1]) if run.status == 0 and lines else {}
 
-    def moedge(self, limit: int | None, tokens: int | None = None) -> tuple[Run, dict[str, Any]]:
-        command = ["-m", "moedge", "run", str(self.folder), "-p", PROMPT, "-n", str(tokens or self.tokens)]
+    def pack(self) -> Path:
+        """The checkpoint in 12 bits a number."""
+        out = self.scratch / "pack"
+        self.run(["-m", "moedge", "pack", str(self.folder), str(out), "--bits", "12"], None)
+        return out
+
+    def moedge(
+        self, limit: int | None, tokens: int | None = None, folder: Path | None = None
+    ) -> tuple[Run, dict[str, Any]]:
+        command = ["-m", "moedge", "run", str(folder or self.folder), "-p", PROMPT, "-n", str(tokens or self.tokens)]
         command += ["--temperature", "0", "--json"] + (["--memory", str(limit)] if limit else [])
         return self.run(command, limit)
 
@@ -91,25 +100,31 @@ def measure(bench: Bench, limit: int, pairs: int) -> tuple[list[dict[str, Any]],
     rows = [row("moedge, no limit", None, run, reference)]
     cold, _ = bench.moedge(limit, tokens=1)
     rows.append(row("moedge, 1 token", limit, cold, {}))
-    stock_limit, ratios, same, stock_same = limit, [], [], []
+    packed = bench.pack()
+    stock_limit, ratios, pack_ratios, same, stock_same = limit, [], [], [], []
     for number in range(pairs):
         run, ours = bench.moedge(limit)
         if run.status:
             click.echo(run.stderr[-2000:], err=True)
         rows.append(row("moedge", limit, run, ours))
+        run, from_pack = bench.moedge(limit, folder=packed)
+        rows.append(row("moedge, pack", limit, run, from_pack))
         run, theirs = bench.stock(stock_limit)
         if run.status and number == 0:
             rows.append(row("stock", stock_limit, run, theirs))
             stock_limit = smallest_limit(bench, stock_limit, 2 * sum(f.stat().st_size for f in shards(bench.folder)))
             run, theirs = bench.stock(stock_limit)
         rows.append(row("stock", stock_limit, run, theirs))
-        same.append(bool(ours) and ours["token_ids"] == reference.get("token_ids"))
+        same += [bool(each) and each["token_ids"] == reference.get("token_ids") for each in (ours, from_pack)]
         stock_same.append(bool(ours) and ours["token_ids"] == theirs.get("token_ids"))
-        if ours and theirs:
+        if ours and from_pack and theirs:
             ratios.append(ours["tokens_per_second"] / theirs["tokens_per_second"])
+            pack_ratios.append(from_pack["tokens_per_second"] / theirs["tokens_per_second"])
     return rows, {
         "ratio": statistics.median(ratios) if ratios else None,
         "ratios": ratios,
+        "pack_ratio": statistics.median(pack_ratios) if pack_ratios else None,
+        "pack_ratios": pack_ratios,
         "same_tokens_as_without_limit": all(same),
         "same_tokens_as_stock": all(stock_same),
         "first_token_wall_seconds_from_cold": cold.seconds,

@@ -51,7 +51,7 @@ Examples:
 @click.option("--task-index", is_flag=False, flag_value=BESIDE, metavar="[FOLDER]",
               help="Look for a known task that is like this one, and remember this one if there is none.")  # fmt: skip
 @click.option("--also", multiple=True, metavar="[NAME=]FILE", help="Test the result on other samples as well.")
-@click.option("--bits", type=click.Choice(["16", "8", "4"]), help="Pack the result so.")
+@click.option("--bits", type=click.Choice(["16", "12", "8", "4"]), help="Pack the result so.")
 @click.option("--memory", type=SIZE, help="Limit for the whole process, such as 2GiB.")
 @click.option("--force", is_flag=True, help="Fit also to samples that the model cannot read.")
 @click.option("--compare", "methods", metavar="METHODS", help="Only compare these, such as default,reap,random.")

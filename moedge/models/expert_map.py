@@ -86,6 +86,11 @@ class SlotLayout:
         return cls(tuple(fields), end)
 
 
+def largest(layouts: Iterable[SlotLayout]) -> int:
+    """Bytes of a slot that an expert of any layer fits into."""
+    return max(layout.nbytes for layout in layouts)
+
+
 class ExpertMap:
     """For every (layer, expert), the sources of its parameters in `checkpoint`.
 
@@ -131,9 +136,20 @@ class ExpertMap:
         pairs = zip(self.layouts[layer].fields, self.sources(layer, expert), strict=True)
         return {f.name: self.memory(f, source, slot).view(f.dtype).view(f.shape) for f, source in pairs}
 
+    def parts(self, layer: int, expert: int) -> list[Part]:
+        """All that one expert is made of."""
+        return [part for source in self.sources(layer, expert) for part in source.parts]
+
     def nbytes(self, layer: int, expert: int) -> int:
         """Bytes of the expert on disk."""
-        return sum(part.nbytes for source in self.sources(layer, expert) for part in source.parts)
+        return sum(part.nbytes for part in self.parts(layer, expert))
+
+    short = False  # slots hold experts as they are
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the largest expert as it is read."""
+        return largest(self.layouts)
 
     @property
     def conversion_bytes(self) -> int:

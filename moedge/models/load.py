@@ -26,7 +26,8 @@ from moedge.models.architecture import meta_model, text_class, text_config
 from moedge.models.backbone import coded_modules, parts_of
 from moedge.models.checkpoint import Checkpoint
 from moedge.models.expert_map import ExpertMap
-from moedge.models.pack import PackedCheckpoint, PackedExperts, is_packed
+from moedge.models.pack import PackedCheckpoint, is_packed
+from moedge.models.packed_experts import PackedExperts
 from moedge.models.quantised import KEY, QuantisedCheckpoint, quantisation, scheme_of
 from moedge.models.scheme import Scheme
 

@@ -19,7 +19,8 @@ from moedge.models.architecture import meta_model
 from moedge.models.checkpoint import Rows
 from moedge.models.expert_map import ExpertMap, ParameterSource, Part, target_names
 from moedge.models.load import Blueprint
-from moedge.models.pack import PackedCheckpoint, PackedExperts
+from moedge.models.pack import PackedCheckpoint
+from moedge.models.packed_experts import PackedExperts
 
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 _SCORED = 2  # a group is chosen by the sum of its two best experts

@@ -2,7 +2,8 @@
 
     config.json, tokenizer, ...   copies
     backbone.safetensors          every tensor that is no expert's, as the original has it or in groups (backbone.py)
-    experts.safetensors           for each expert one uint8 tensor `layers.L.experts.E`, its extent: all its tensors
+    experts.safetensors           for each expert one uint8 tensor `layers.L.experts.E`, its extent: all its tensors,
+                                  as they are or, of a layer that is "short", in 12 bits a number (shorten.py)
 
 Each extent starts at a multiple of 4096 bytes and is as long, so one read past the page cache brings one expert. The
 header of experts.safetensors says where each tensor lies in its extent, and holds a CRC-32 of every extent, of every
@@ -10,10 +11,9 @@ other tensor and file, and of itself. Knows bytes; what the number formats mean 
 """
 
 import json
-import math
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,15 +22,14 @@ from typing import Any
 import torch
 
 from moedge.errors import CheckpointError
-from moedge.models.anatomy import Anatomy
 from moedge.models.backbone import CodedMatrix, dense_tensors, read_matrix
 from moedge.models.checkpoint import DTYPES, MAX_HEADER, Checkpoint, ShardFile, TensorInfo
-from moedge.models.expert_map import UNRELATED, Field, Part, SlotLayout
+from moedge.models.expert_map import Part
+from moedge.models.shorten import short_bytes
 
-VERSION = 1
+VERSION = 2  # 1 where no layer is short
 EXPERTS, BACKBONE = "experts.safetensors", "backbone.safetensors"
 PAGE = 4096
-EXTENT = "extent"  # the name under which a store hands out an expert whose tensors are not plain
 PLAIN = "plain"
 REMEDY = "copy the pack again, or pack the model again"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -69,13 +68,15 @@ class PackedTensor:
 class PackedLayer:
     """The extents of one layer. `shifts[name][expert]`, where there: bytes by which a plain tensor lies further on.
 
-    As in a stock model, whose products depend on the address modulo 64 that a tensor has in its file.
+    As in a stock model, whose products depend on the address modulo 64 that a tensor has in its file. `nbytes`, and
+    where tensors lie, are those of an extent that is restored where the layer is `short`.
     """
 
     num_experts: int
     nbytes: int
     tensors: Mapping[str, PackedTensor]
     shifts: Mapping[str, tuple[int, ...]]
+    short: bool = False
 
     @cached_property
     def plain(self) -> bool:
@@ -84,7 +85,7 @@ class PackedLayer:
     @property
     def stride(self) -> int:
         """Bytes of one extent in the file."""
-        return -(-self.nbytes // PAGE) * PAGE
+        return -(-(short_bytes(self.nbytes) if self.short else self.nbytes) // PAGE) * PAGE
 
     def as_dict(self) -> dict[str, Any]:
         tensors = {
@@ -96,7 +97,13 @@ class PackedLayer:
             }
             for name, t in self.tensors.items()
         }
-        return {"experts": self.num_experts, "nbytes": self.nbytes, "tensors": tensors, "shifts": dict(self.shifts)}
+        short = {"short": True} if self.short else {}
+        return {
+            "experts": self.num_experts,
+            "nbytes": self.nbytes,
+            "tensors": tensors,
+            "shifts": dict(self.shifts),
+        } | short
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> "PackedLayer":
@@ -105,7 +112,7 @@ class PackedLayer:
             parts = {part: (DTYPES[d], tuple(shape), offset) for part, (d, shape, offset) in t["parts"].items()}
             tensors[name] = PackedTensor(t["format"], DTYPES[t["dtype"]], tuple(t["shape"]), parts)
         shifts = {name: tuple(each) for name, each in given["shifts"].items()}
-        return cls(given["experts"], given["nbytes"], tensors, shifts)
+        return cls(given["experts"], given["nbytes"], tensors, shifts, given.get("short", False))
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,7 @@ class Manifest:
         """The start of experts.safetensors: length and JSON, padded with spaces to a multiple of 4096 bytes."""
         coded = {"coded": {name: matrix.as_list for name, matrix in self.coded.items()}} if self.coded else {}
         metadata = {
-            "moedge_pack": str(VERSION),
+            "moedge_pack": str(VERSION if any(layer.short for layer in self.layers) else 1),
             "header_crc32": "0" * 8,
             "source": self.source,
             "layers": [layer.as_dict() for layer in self.layers],
@@ -217,7 +224,8 @@ class PackedCheckpoint(Checkpoint):
     """The tensors of a packed folder: the backbone's, and each expert as one.
 
     Opening checks the headers and all small files; a tensor of the backbone is checked whenever it is read, an extent
-    by PackedExperts. Raises CheckpointError, naming the file, for whatever is missing, damaged, or of another model.
+    by PackedExperts (packed_experts.py). Raises CheckpointError, naming the file, for whatever is missing, damaged, or
+    of another model.
     """
 
     manifest: Manifest
@@ -298,97 +306,3 @@ class PackedCheckpoint(Checkpoint):
 def _check_end(shard: ShardFile, expected: int) -> None:
     if shard.size != expected:
         raise CheckpointError(f"{shard.path} has {shard.size} bytes instead of {expected}: {REMEDY}")
-
-
-class PackedExperts:
-    """Where the experts of a packed checkpoint lie, in the place of an ExpertMap.
-
-    A slot holds an expert's extent as it is in the file; only where the model is loaded in another dtype than it was
-    packed in, plain tensors are converted. Raises CheckpointError when the pack does not fit the model.
-    """
-
-    def __init__(self, anatomy: Anatomy, checkpoint: PackedCheckpoint) -> None:
-        self._checkpoint, self._verified = checkpoint, set[tuple[int, int]]()
-        self.layers = checkpoint.manifest.layers
-        packed = [{name: t.shape for name, t in layer.tensors.items()} for layer in self.layers]
-        needed = [{name: shape for name, (shape, _) in layer.parameters.items()} for layer in anatomy.layers]
-        counts = [layer.num_experts for layer in self.layers], [layer.num_experts for layer in anatomy.layers]
-        same = len(packed) == len(needed) and counts[0] == counts[1]
-        if not same or any(not _fit(p, n, layer) for p, n, layer in zip(packed, needed, self.layers, strict=True)):
-            raise CheckpointError(f"{checkpoint.folder / EXPERTS} has experts of other shapes: {UNRELATED}")
-        self.tensors = frozenset(extent_name(*key) for key in checkpoint.manifest.keys)
-        self._direct = tuple(
-            not own.plain or all(own.tensors[name].dtype == dtype for name, (_, dtype) in layer.parameters.items())
-            for own, layer in zip(self.layers, anatomy.layers, strict=True)
-        )
-        self.layouts = tuple(
-            (_slot_layout(own) if direct else SlotLayout.of(layer))
-            for own, layer, direct in zip(self.layers, anatomy.layers, self._direct, strict=True)
-        )
-
-    @property
-    def conversion_bytes(self) -> int:
-        """Memory that reading one expert takes besides its slot."""
-        strides = [layer.stride for layer, direct in zip(self.layers, self._direct, strict=True) if not direct]
-        return max(strides, default=0)
-
-    def nbytes(self, layer: int, expert: int) -> int:
-        """Bytes of the expert on disk."""
-        return self.layers[layer].stride
-
-    def is_direct(self, layer: int) -> bool:
-        """Whether the extents of a layer are read into slots as they are."""
-        return self._direct[layer]
-
-    def extent(self, layer: int, expert: int) -> Part:
-        """All bytes of one expert."""
-        return self._checkpoint.extent(layer, expert)
-
-    def check(self, layer: int, expert: int, extent: torch.Tensor) -> None:
-        """Compare what was read with its checksum; only the first time for each expert."""
-        if (layer, expert) not in self._verified:
-            self._checkpoint.check(layer, expert, extent)
-            self._verified.add((layer, expert))
-
-    def convert(self, layer: int, expert: int, extent: torch.Tensor, slot: torch.Tensor) -> None:
-        """From an extent into the slot of a layer that is not direct."""
-        values = _views(self.layers[layer], expert, extent)
-        for field in self.layouts[layer].fields:
-            target = slot[field.offset : field.offset + field.nbytes]
-            target.view(field.dtype).view(field.shape).copy_(values[field.name])
-
-    def views(self, layer: int, expert: int, slot: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The expert's parameters as views of its slot; those in number formats together, under EXTENT."""
-        own, layout = self.layers[layer], self.layouts[layer]
-        if not own.plain:
-            return {EXTENT: slot}
-        if self._direct[layer]:
-            return _views(own, expert, slot)
-        return {f.name: slot[f.offset : f.offset + f.nbytes].view(f.dtype).view(f.shape) for f in layout.fields}
-
-
-def _fit(packed: Mapping[str, Any], needed: Mapping[str, Any], layer: PackedLayer) -> bool:
-    """Whether the shapes are the model's; of matrices in number formats either way round."""
-    return packed.keys() == needed.keys() and all(
-        shape == tuple(needed[name]) or (layer.tensors[name].format != PLAIN and shape == tuple(reversed(needed[name])))
-        for name, shape in packed.items()
-    )
-
-
-def _slot_layout(own: PackedLayer) -> SlotLayout:
-    fields = [
-        Field(name, tensor.parts["values"][2], tensor.shape, tensor.dtype)
-        for name, tensor in (own.tensors.items() if own.plain else ())
-    ]
-    return SlotLayout(tuple(fields), own.nbytes)
-
-
-def _views(own: PackedLayer, expert: int, extent: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {name: extent[begin:end].view(t.dtype).view(t.shape) for name, t, begin, end in _plain(own, expert)}
-
-
-def _plain(own: PackedLayer, expert: int) -> Iterator[tuple[str, PackedTensor, int, int]]:
-    for name, tensor in own.tensors.items():
-        shift = own.shifts[name][expert] if name in own.shifts else 0
-        begin = tensor.parts["values"][2] + shift
-        yield name, tensor, begin, begin + math.prod(tensor.shape) * tensor.dtype.itemsize

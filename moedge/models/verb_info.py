@@ -104,7 +104,9 @@ def _packed(blueprint: "Blueprint") -> dict[str, Any] | None:
     if not isinstance(blueprint.checkpoint, PackedCheckpoint):
         return None
     layers = blueprint.checkpoint.manifest.layers
-    formats = sorted({str(tensor.format) for layer in layers for tensor in layer.tensors.values()})
+    formats = sorted(
+        {"bf16-12" if layer.short else tensor.format for layer in layers for tensor in layer.tensors.values()}
+    )
     kernels = library.load() if any(name != "plain" for name in formats) else None
     return {"formats": formats, "kernels": kernels and kernels.variant}
 

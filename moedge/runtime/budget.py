@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from moedge.errors import ContextError, MemoryLimitError, ModelError
+from moedge.models.expert_map import largest
 from moedge.models.load import Blueprint
-from moedge.models.pack import PackedExperts
+from moedge.models.packed_experts import PackedExperts
+from moedge.models.shorten import can_shorten, short_bytes
 from moedge.runtime.device import forget_code, process_memory
 from moedge.runtime.extents import SCRATCH
 from moedge.runtime.reader import BLOCK, PAGE
-from moedge.runtime.shorten import can_shorten, short_bytes
 from moedge.runtime.store import READ_THREADS
 from moedge.units import format_size
 
@@ -80,7 +81,7 @@ def make_plan(
     """
     layers = blueprint.anatomy.layers
     context = _checked_context(blueprint, limit, context, parallel)
-    stride = -(-max(layout.nbytes for layout in blueprint.experts.layouts) // PAGE) * PAGE
+    stride = -(-blueprint.experts.slot_bytes // PAGE) * PAGE
     spare = max(layer.top_k for layer in layers)
     slot, short = stride, False
     counts = tuple(layer.num_experts for layer in layers)
@@ -115,8 +116,10 @@ def make_plan(
 
 def _shorter_slots(blueprint: Blueprint, stride: int) -> int | None:
     """Bytes of a slot for experts in 12 bits a number, where they can be kept so."""
-    nbytes = short_bytes(stride) if can_shorten(blueprint.experts, blueprint.checkpoint) else None
-    return None if nbytes is None else -(-nbytes // PAGE) * PAGE
+    experts = blueprint.experts
+    if experts.short or not can_shorten(experts, blueprint.checkpoint):
+        return None
+    return -(-short_bytes(stride) // PAGE) * PAGE
 
 
 def _slots_row(stay: int, slot: int, spare: int, stride: int) -> Row:
@@ -170,7 +173,7 @@ def _fixed_rows(blueprint: Blueprint, context: int | None, parallel: int, chunk:
         Row("context", cache, f"{tokens} tokens for {parallel}, cache of the model run on the meta device"),
         Row(
             "activations",
-            activation_bytes(blueprint, chunk, tokens) + _coded_bytes(blueprint, chunk),
+            activation_bytes(blueprint, chunk, tokens) + _coded_bytes(blueprint, chunk) + _restored_bytes(blueprint),
             f"estimate for a prefill chunk of {chunk} tokens",
         ),
         Row("logits", logits_bytes(blueprint, tokens * parallel), "for inputs scored at once"),
@@ -271,6 +274,11 @@ def _coded_bytes(blueprint: Blueprint, chunk: int) -> int:
     layers = blueprint.anatomy.layers
     rows = max(layer.top_k for layer in layers) + 4
     return max(layer.expert_bytes for layer in layers) + SCRATCH + 4 * chunk * rows * _hidden(blueprint)
+
+
+def _restored_bytes(blueprint: Blueprint) -> int:
+    """Of the expert that is computed with, where they are read in 12 bits a number."""
+    return largest(blueprint.experts.layouts) if blueprint.experts.short else 0
 
 
 def _hidden(blueprint: Blueprint) -> int:

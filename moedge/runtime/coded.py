@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from moedge.models.anatomy import Anatomy, MoeLayer
-from moedge.models.pack import EXTENT, PackedExperts, PackedLayer
+from moedge.models.pack import PackedLayer
+from moedge.models.packed_experts import EXTENT, PackedExperts
 from moedge.native import library as native
 from moedge.native.threads import best, calibrated
 from moedge.runtime.extents import extent_of, parameters

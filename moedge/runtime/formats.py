@@ -39,14 +39,17 @@ Parts = dict[str, Tensor]  # "values", and for quantised matrices "scales", "fac
 
 @dataclass(frozen=True)
 class Format:
-    """How the numbers of a matrix are stored. As text: "plain", "int8-g32", "int4-g64-asym", "mxfp4-g32"."""
+    """How the numbers of a matrix are stored. As text: "plain", "bf16-12", "int8-g32", "int4-g64-asym", "mxfp4-g32".
 
-    code: str  # plain, int8, int4 or mxfp4
+    "bf16-12" is of whole extents: bf16 exactly, in 12 bits a number (models/shorten.py).
+    """
+
+    code: str  # plain, bf16-12, int8, int4 or mxfp4
     group: int = BLOCK
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        if self.code not in ("plain", "int8", "int4", "mxfp4"):
+        if self.code not in ("plain", "bf16-12", "int8", "int4", "mxfp4"):
             raise ValueError(f"number format {self.code!r} is not known: use plain, int8, int4 or mxfp4")
         if self.group not in GROUPS:
             raise ValueError(f"group {self.group} is not one of {', '.join(map(str, GROUPS))}")
@@ -56,23 +59,23 @@ class Format:
     @property
     def bits(self) -> int | None:
         """Bits of one value; None for plain, whose dtype says it."""
-        return {"plain": None, "int8": 8}.get(self.code, 4)
+        return {"plain": None, "bf16-12": 12, "int8": 8}.get(self.code, 4)
 
     def __str__(self) -> str:
-        if self.code == "plain":
+        if self.code in ("plain", "bf16-12"):
             return self.code
         return f"{self.code}-g{self.group}{'' if self.symmetric else '-asym'}"
 
     @classmethod
     def parse(cls, text: str) -> "Format":
         """The format that `str` gave. Raises ValueError."""
-        match = re.fullmatch(r"(plain|int8|int4|mxfp4)(?:-g(\d+)(-asym)?)?", text)
+        match = re.fullmatch(r"(plain|bf16-12|int8|int4|mxfp4)(?:-g(\d+)(-asym)?)?", text)
         if match is None:
             raise ValueError(f"number format {text!r} is not known: write it like plain, int8-g32 or int4-g64-asym")
         return cls(match[1], int(match[2] or BLOCK), symmetric=match[3] is None)
 
 
-PLAIN = Format("plain")
+PLAIN, SHORT = Format("plain"), Format("bf16-12")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from moedge.errors import CheckpointError, ContextError, MemoryLimitError, Model
 from moedge.models.anatomy import Anatomy
 from moedge.models.hub import resolve
 from moedge.models.load import Blueprint, draw, load_backbone, load_tokenizer
-from moedge.models.pack import PackedCheckpoint, PackedExperts
+from moedge.models.pack import PackedCheckpoint
+from moedge.models.packed_experts import PackedExperts
 from moedge.runtime.budget import Plan, make_plan
 from moedge.runtime.device import return_freed_memory
 from moedge.runtime.experts import IMPLEMENTATION, ExpertSource, connect, register, take_out_experts

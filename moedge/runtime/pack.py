@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +32,12 @@ from moedge.models.pack import (
     is_packed,
 )
 from moedge.models.quantised import QuantisedCheckpoint, without_quantisation
+from moedge.models.shorten import can_shorten, shorten
 from moedge.runtime.budget import LATER
 from moedge.runtime.calibrate import MOMENTS, Moments
 from moedge.runtime.device import process_memory, return_freed_memory
 from moedge.runtime.extents import SCRATCH, describe, extent_of, fill
-from moedge.runtime.formats import PLAIN, Format
+from moedge.runtime.formats import PLAIN, SHORT, Format
 from moedge.runtime.journal import Unfinished
 from moedge.runtime.pack_backbone import Backbone
 from moedge.runtime.reader import BLOCK, PAGE, DirectReader
@@ -105,6 +107,10 @@ class _Plan:
     """What will be written, known before a byte is."""
 
     def __init__(self, blueprint: Blueprint, format: Format, backbone: int) -> None:
+        self.short = format == SHORT
+        if self.short:
+            _check_shortens(blueprint)
+            format = PLAIN
         self.blueprint, self.format = blueprint, format
         self.profile: Profile | None = None
         self.moments: Moments | None = None
@@ -115,9 +121,10 @@ class _Plan:
         self.backbone = Backbone(self.checkpoint, tensors, matrices, Format("int4" if backbone == 4 else "int8"))
         self.small = _small_files(blueprint.folder)
         none, formats = "0" * 8, self.source.formats
+        layers = [describe(layer, self.experts, formats[layer.index]) for layer in blueprint.anatomy.layers]
         self.manifest = Manifest(
             source=source_of(blueprint),
-            layers=tuple(describe(layer, self.experts, formats[layer.index]) for layer in blueprint.anatomy.layers),
+            layers=tuple(replace(layer, short=self.short) for layer in layers),
             backbone={name: (none, shift) for name, shift in self.backbone.shifts.items()},
             backbone_header=none,
             files={path.name: none for path in self.small},
@@ -137,6 +144,17 @@ class _Plan:
         files = sorted((name, status.st_size, status.st_mtime_ns) for name, status in stats)
         found = {"header": checksum(self.manifest.head()), "files": files, "torch": torch.__version__}
         return found | (self.profile.identity if self.profile else {})
+
+
+def _check_shortens(blueprint: Blueprint) -> None:
+    """Raises ModelError where the experts are not bf16, or not such that 12 bits hold them."""
+    quantised = isinstance(blueprint.checkpoint, QuantisedCheckpoint)
+    if quantised or not can_shorten(blueprint.experts, blueprint.checkpoint):
+        what = "quantised" if quantised else str(blueprint.dtype).removeprefix("torch.")
+        raise ModelError(
+            f"{blueprint.folder} is {what}: --bits 12 is for bf16 whose numbers have about the same size, and needs "
+            "the C kernels; take --bits 16, which is exact too"
+        )
 
 
 def packed_sizes(blueprint: Blueprint, format: Format, without: Container[str] = ()) -> tuple[int, int]:
@@ -171,7 +189,7 @@ def _threads(plan: _Plan, memory: int | None) -> int:
     slot = max(layout.nbytes for layout in plan.experts.layouts)
     extent = max(layer.stride for layer in plan.manifest.layers)
     each = slot + plan.experts.conversion_bytes + plan.source.overhead + BLOCK
-    each += 0 if plan.format == PLAIN else extent
+    each += 0 if plan.format == PLAIN and not plan.short else extent
     each += SCRATCH if plan.format != PLAIN or plan.source.overhead or plan.backbone.coded else 0
     if memory is None:
         return THREADS
@@ -244,6 +262,11 @@ class _ExtentWriter:
             read_expert(plan.experts, self._reader, layer, expert, source)
             return
         target.zero_()
+        if plan.short:
+            read_expert(plan.experts, self._reader, layer, expert, source)
+            if not shorten(source, plan.manifest.layers[layer].nbytes, target):
+                raise ModelError(f"{where} has numbers of too many sizes for --bits 12: take --bits 16, exact too")
+            return
         if plan.source.keep(self._reader, (layer, expert), source, self._extents[layer], target, where):
             return
         read_expert(plan.experts, self._reader, layer, expert, source)
@@ -261,11 +284,11 @@ class _ExtentWriter:
         held = self._memory.__dict__
         if "source" not in held:
             held["source"] = Slots(1, max(layout.nbytes for layout in self._plan.experts.layouts))[0]
-            if not packed.plain:
+            if not packed.plain or packed.short:
                 held["target"] = Slots(1, max(each.stride for each in self._plan.manifest.layers))[0]
         source: torch.Tensor = held["source"]
         source = source[: -(-self._plan.experts.layouts[layer].nbytes // PAGE) * PAGE]
-        return source, source if packed.plain else held["target"][: packed.stride]
+        return source, source if packed.plain and not packed.short else held["target"][: packed.stride]
 
     def close(self) -> None:
         self._reader.close()

@@ -16,7 +16,7 @@ from moedge.models.expert_map import ExpertMap, Part
 from moedge.models.load import Blueprint
 from moedge.models.quantised import QuantisedCheckpoint, quantisation, scheme_of
 from moedge.models.scheme import Codes, Native
-from moedge.runtime.formats import GROUPS, PLAIN, Extent, Format, Parts, from_integers, from_mxfp4
+from moedge.runtime.formats import GROUPS, PLAIN, SHORT, Extent, Format, Parts, from_integers, from_mxfp4
 from moedge.runtime.reader import DirectReader, Target
 
 
@@ -25,8 +25,8 @@ def choose_format(folder: Path, bits: int, group: int | None, asymmetric: bool) 
 
     So integers of as many bits are kept. What is in 16 bits gets groups of 32.
     """
-    if bits == 16:
-        return PLAIN
+    if bits in (16, 12):
+        return PLAIN if bits == 16 else SHORT
     given = quantisation(folder)
     native = scheme_of(folder, given).native if given else None
     if native is None or native.code not in (f"int{bits}", f"mxfp{bits}"):

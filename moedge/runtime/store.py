@@ -1,8 +1,9 @@
 """Where expert bytes live: a fixed set of slots in memory, a cache per layer, and threads that fill slots from disk.
 
-A slot is never written while someone computes with it. Experts may be kept shortened (shorten.py): then they are
-restored into another slot for each use. Misses may be handed out in the order in which their reads end;
-who needs a fixed order (experts.py) restores it. Knows layers and experts as integers and their bytes; no routing.
+A slot is never written while someone computes with it. Experts may be kept shortened (models/shorten.py), because they
+were read so or to have room for more: then they are restored elsewhere for each use. Misses may be handed out in the
+order in which their reads end; who needs a fixed order (experts.py) restores it. Knows layers and experts as integers
+and their bytes; no routing.
 """
 
 import mmap
@@ -16,11 +17,11 @@ from typing import Protocol
 
 import torch
 
-from moedge.models.expert_map import ExpertMap
-from moedge.models.pack import PackedExperts
+from moedge.models.expert_map import ExpertMap, largest
+from moedge.models.packed_experts import PackedExperts
+from moedge.models.shorten import restore, short_bytes, shorten
 from moedge.runtime.policy import LayerCache
 from moedge.runtime.reader import PAGE, DirectReader, Target
-from moedge.runtime.shorten import restore, short_bytes, shorten
 
 READ_THREADS = 4
 Parameters = dict[str, torch.Tensor]
@@ -168,9 +169,10 @@ class DiskStore:
         self.caches = tuple(caches)
         self.glimpses = [Glimpse() for _ in caches]  # replaced whole, so that any thread may read them
         self._map, self._reader = experts, reader
-        stay, nbytes = sum(c.capacity for c in caches), max(layout.nbytes for layout in experts.layouts)
+        stay, nbytes = sum(c.capacity for c in caches), experts.slot_bytes
         self._slots = Slots(spare if short else stay + spare, nbytes)  # what is computed with
-        self._kept = Slots(stay, short_bytes(nbytes) or 0) if short else self._slots
+        self._kept = Slots(stay, short_bytes(nbytes)) if short else self._slots
+        self._restored = Slots(1, largest(experts.layouts))[0] if experts.short else None
         self._held: tuple[dict[int, int], ...] = tuple({} for _ in caches)  # per layer: resident expert -> kept slot
         self._ahead: dict[tuple[int, int], tuple[Future[int], int]] = {}  # (layer, expert) -> its early read, its slot
         self._pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="moedge-read")
@@ -251,7 +253,11 @@ class DiskStore:
                 self._owner = None
 
     def _views(self, layer: int, expert: int, slot: int) -> Parameters:
-        return self._map.views(layer, expert, self._slots[slot])
+        memory = self._slots[slot]
+        if self._restored is not None:  # read in 12 bits a number
+            restore(memory, self._map.layouts[layer].nbytes, self._restored)
+            memory = self._restored
+        return self._map.views(layer, expert, memory)
 
     @property
     def _short(self) -> bool:
@@ -311,18 +317,26 @@ class _Event:
     def hits(self) -> Iterator[list[tuple[int, Parameters]]]:
         """First those that are to leave: their slots are what waiting reads need."""
         if self._store._short:
-            yield from self._restored()
+            yield from self._shortened_hits()
             return
         leaving = [expert for expert in self._access.hits if expert in self._leaving]
         staying = [expert for expert in self._access.hits if expert not in self._leaving]
         for experts in (leaving, staying):
             if experts:
-                yield [(expert, self._store._views(self._layer, expert, self._held[expert])) for expert in experts]
+                yield from self._handed([(expert, self._held[expert]) for expert in experts])
             if experts is leaving:
                 self._free.extend(self._held.pop(expert) for expert in leaving)
                 self._start_reads()
 
-    def _restored(self) -> Iterator[list[tuple[int, Parameters]]]:
+    def _handed(self, experts: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, Parameters]]]:
+        """Experts and their slots as they can be used: one by one where there is one place to restore them to."""
+        views = ((expert, self._store._views(self._layer, expert, slot)) for expert, slot in experts)
+        if self._store._restored is None:
+            yield list(views)
+        else:
+            yield from ([each] for each in views)
+
+    def _shortened_hits(self) -> Iterator[list[tuple[int, Parameters]]]:
         """The hits, one after the other in the same slot."""
         for expert in self._access.hits:
             slot = self._free.pop()
@@ -340,7 +354,7 @@ class _Event:
             done, _ = wait(self._reading, return_when=FIRST_COMPLETED)
             self._store.counters.bytes_read += sum(future.result() for future in done)
             arrived = [self._reading[future] for future in done]
-            yield [(expert, self._store._views(self._layer, expert, slot)) for expert, slot in arrived]
+            yield from self._handed(arrived)
             for future in done:
                 expert, slot = self._reading.pop(future)
                 if expert in self._leaving:

@@ -26,7 +26,11 @@ Examples:
 @click.command(epilog=EXAMPLES)
 @click.argument("model")
 @click.argument("out", required=False)
-@click.option("--bits", type=click.Choice(["16", "8", "4"]), help="16 (default): the experts as they are, exactly.")
+@click.option(
+    "--bits",
+    type=click.Choice(["16", "12", "8", "4"]),
+    help="16 (default): the experts as they are. 12: bf16 ones exactly, in a quarter less bytes.",
+)
 @click.option(
     "--group",
     type=click.Choice(["32", "64", "128", "256"]),
@@ -74,7 +78,7 @@ def command(
         return
     if out is None:
         raise click.UsageError("name the folder OUT that the packed model goes to")
-    if bits in (None, "16") and (group or asymmetric):
+    if bits in (None, "16", "12") and (group or asymmetric):
         raise click.UsageError("--group and --asymmetric are for --bits 8 and 4")
     if calibrate and bits != "4":
         raise click.UsageError("--calibrate is for --bits 4: clipping does not make 8 bits better (docs/pack.md)")

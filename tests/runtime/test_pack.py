@@ -20,8 +20,10 @@ from moedge.errors import CheckpointError, MemoryLimitError, ModelError
 from moedge.models import pack as format_module
 from moedge.models.pack import BACKBONE, EXPERTS, PackedCheckpoint, checksum
 from moedge.models.tiny import make_tiny
+from moedge.native import library
 from moedge.runtime import journal
-from moedge.runtime.formats import Format
+from moedge.runtime import pack as module
+from moedge.runtime.formats import SHORT, Format
 from moedge.runtime.lm import LM, load
 from moedge.runtime.pack import pack, verify
 from moedge.runtime.reader import DirectReader
@@ -55,6 +57,36 @@ def test_a_plain_pack_is_the_same_model(
     original = tiny(model_type, dtype=dtype)
     pack(original, tmp_path / "out")
     assert_same_model(original, tmp_path / "out", load_with)
+
+
+@pytest.mark.parametrize("model_type", NAMED)
+def test_a_pack_in_12_bits_is_the_same_model_and_smaller(
+    model_type: str, tiny: Tiny, tmp_path: Path, load_with: Callable[..., LM]
+) -> None:
+    original = tiny(model_type, dtype=torch.bfloat16)
+    plain, short = pack(original, tmp_path / "plain"), pack(original, tmp_path / "short", SHORT)
+    assert short["experts_bytes"] < plain["experts_bytes"]
+    assert_same_model(original, tmp_path / "short", load_with)
+    verify(tmp_path / "short")
+
+
+def test_a_pack_in_12_bits_in_another_dtype_and_without_kernels(
+    tiny: Tiny, tmp_path: Path, load_with: Callable[..., LM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = tiny("qwen3_moe", dtype=torch.bfloat16)
+    pack(original, tmp_path / "out", SHORT)
+    assert_same_model(original, tmp_path / "out", load_with, dtype="fp32")
+    monkeypatch.setattr(library, "load", lambda: None)
+    assert_same_model(original, tmp_path / "out", load_with)
+
+
+def test_what_12_bits_cannot_hold_is_refused(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match=r"is float32: --bits 12 is for bf16 .* take --bits 16"):
+        pack(tiny("qwen3_moe"), tmp_path / "out", SHORT)
+    monkeypatch.setattr(module, "shorten", lambda *_: False)
+    with pytest.raises(ModelError, match=r"expert \d+ of layer \d+ has numbers of too many sizes"):
+        pack(tiny("qwen3_moe", dtype=torch.bfloat16), tmp_path / "out", SHORT)
+    assert not (tmp_path / "out").exists()
 
 
 def test_tensors_keep_the_address_that_they_have_in_files(tiny: Tiny, tmp_path: Path) -> None:
@@ -120,20 +152,20 @@ def test_other_tools_open_it(packed: Path, tiny: Tiny) -> None:
     assert torch.equal(stored, wanted)
 
 
-@pytest.mark.parametrize("format", [Format("int8"), Format("int4", 32, symmetric=False)], ids=str)
+@pytest.mark.parametrize("format", [Format("int8"), Format("int4", 32, symmetric=False), SHORT], ids=str)
 def test_the_same_model_gives_the_same_bytes(format: Format, tiny: Tiny, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        pack(tiny("gpt_oss"), tmp_path / name, format)
+        pack(tiny("gpt_oss", dtype=torch.bfloat16), tmp_path / name, format)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_a_run_that_is_killed_again_and_again_gives_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:
-    model, formats = tiny("qwen3_moe", num_experts=16), ("plain", "int4-g32")
+    model, formats = tiny("qwen3_moe", num_experts=16, dtype=torch.bfloat16), ("plain", "bf16-12", "int4-g32")
     for format in formats:
         pack(model, tmp_path / "whole" / format, Format.parse(format))
     (tmp_path / "out").mkdir()
     kills = kill_and_go_on(10, *((model, tmp_path / "out" / format, format) for format in formats))
-    assert kills == [10, 10], "it was done before"
+    assert kills == [10, 10, 10], "it was done before"
     for format in formats:
         assert contents(tmp_path / "out" / format) == contents(tmp_path / "whole" / format)
 
@@ -358,9 +390,9 @@ def test_parts_of_another_model(copy: Path, tiny: Tiny, tmp_path: Path) -> None:
 
 def test_a_newer_version(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(format_module, "VERSION", 2)
-        pack(tiny("qwen3_moe"), tmp_path / "out")
-    with pytest.raises(CheckpointError, match=rf"{EXPERTS} has pack format 2, this moedge reads up to 1: install"):
+        patch.setattr(format_module, "VERSION", 3)
+        pack(tiny("qwen3_moe", dtype=torch.bfloat16), tmp_path / "out", SHORT)
+    with pytest.raises(CheckpointError, match=rf"{EXPERTS} has pack format 3, this moedge reads up to 2: install"):
         load(tmp_path / "out")
 
 

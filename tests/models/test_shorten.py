@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moedge
+from moedge.models import shorten as module
 from moedge.models.load import draw
+from moedge.models.shorten import can_shorten, restore, restore_plain, short_bytes, shorten
 from moedge.native import library
-from moedge.runtime import shorten as module
-from moedge.runtime.shorten import can_shorten, restore, short_bytes, shorten
 
 MINI = Path(__file__).resolve().parents[2] / "checkpoints" / "mini"
 pytestmark = pytest.mark.skipif(library.load() is None, reason="the C kernels were not built")
@@ -27,6 +27,9 @@ def shortened(numbers: torch.Tensor) -> torch.Tensor | None:
 def restored(short: torch.Tensor, count: int) -> torch.Tensor:
     numbers = torch.empty(count, dtype=torch.bfloat16)
     restore(short, 2 * count, numbers.view(torch.uint8))
+    again = torch.empty_like(numbers)
+    restore_plain(short, 2 * count, again.view(torch.uint8))
+    assert torch.equal(again.view(torch.int16), numbers.view(torch.int16))
     return numbers
 
 
@@ -58,7 +61,14 @@ def test_zeros_take_no_place_in_the_list() -> None:
 
 
 def test_a_third_more_fit() -> None:
-    assert (short_bytes(3 << 20) or 0) < 0.76 * (3 << 20)
+    assert short_bytes(3 << 20) < 0.76 * (3 << 20)
+
+
+@given(st.integers(1, 1 << 40))
+def test_the_kernels_need_as_much_room(nbytes: int) -> None:
+    kernels = library.load()
+    assert kernels is not None
+    assert short_bytes(nbytes) == kernels.short_bytes(-(-nbytes // 64) * 32)
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, True), (torch.float32, False)])
