@@ -48,7 +48,7 @@ class Bench:
     def pack(self) -> Path:
         """The checkpoint in 12 bits a number."""
         out = self.scratch / "pack"
-        self.run(["-m", "moedge", "pack", str(self.folder), str(out), "--bits", "12"], None)
+        self.run(["-m", "moedge", "pack", str(self.folder), str(out), "--bits", "12", "--json"], None)
         return out
 
     def moedge(

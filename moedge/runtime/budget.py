@@ -19,6 +19,7 @@ from moedge.models.shorten import can_shorten, short_bytes
 from moedge.runtime.device import forget_code, process_memory
 from moedge.runtime.extents import SCRATCH
 from moedge.runtime.reader import BLOCK, PAGE
+from moedge.runtime.slots import USED
 from moedge.runtime.store import READ_THREADS
 from moedge.units import format_size
 
@@ -277,8 +278,8 @@ def _coded_bytes(blueprint: Blueprint, chunk: int) -> int:
 
 
 def _restored_bytes(blueprint: Blueprint) -> int:
-    """Of the expert that is computed with, where they are read in 12 bits a number."""
-    return largest(blueprint.experts.layouts) if blueprint.experts.short else 0
+    """Of the experts that are computed with, where they are read in 12 bits a number."""
+    return USED * largest(blueprint.experts.layouts) if blueprint.experts.short else 0
 
 
 def _hidden(blueprint: Blueprint) -> int:

@@ -41,8 +41,9 @@ from moedge.runtime.formats import PLAIN, SHORT, Format
 from moedge.runtime.journal import Unfinished
 from moedge.runtime.pack_backbone import Backbone
 from moedge.runtime.reader import BLOCK, PAGE, DirectReader
+from moedge.runtime.slots import Slots
 from moedge.runtime.sources import Source
-from moedge.runtime.store import Slots, read_expert
+from moedge.runtime.store import read_expert
 from moedge.units import format_size
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from moedge.models.anatomy import Anatomy, MoeLayer
 from moedge.runtime.store import Glimpse
 
-WORTH = 0.7  # a place in the order is read while it is right this often
+WORTH = 0.8  # a place in the order is read while it is right this often
 MEMORY = 64  # how many guesses back that is judged, about
 UNKNOWN = 0.5  # what a place begins with: it has to prove itself before anything is read for it
 

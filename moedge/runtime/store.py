@@ -1,27 +1,27 @@
 """Where expert bytes live: a fixed set of slots in memory, a cache per layer, and threads that fill slots from disk.
 
 A slot is never written while someone computes with it. Experts may be kept shortened (models/shorten.py), because they
-were read so or to have room for more: then they are restored elsewhere for each use. Misses may be handed out in the
-order in which their reads end; who needs a fixed order (experts.py) restores it. Knows layers and experts as integers
-and their bytes; no routing.
+were read so or to have room for more: then each is restored elsewhere before it is used. Misses may be handed out in
+the order in which their reads end; who needs a fixed order (experts.py) restores it. Knows layers and experts as
+integers and their bytes; no routing.
 """
 
-import mmap
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from moedge.models.expert_map import ExpertMap, largest
+from moedge.models.expert_map import ExpertMap
 from moedge.models.packed_experts import PackedExperts
-from moedge.models.shorten import restore, short_bytes, shorten
+from moedge.models.shorten import restore, shorten
 from moedge.runtime.policy import LayerCache
-from moedge.runtime.reader import PAGE, DirectReader, Target
+from moedge.runtime.reader import DirectReader, Target
+from moedge.runtime.slots import Slots, slot_sets
 
 READ_THREADS = 4
 Parameters = dict[str, torch.Tensor]
@@ -89,31 +89,6 @@ class MemoryStore:
         pass
 
 
-class Slots:
-    """`count` pieces of `nbytes` bytes in one anonymous mapping; memory is taken when a slot is first written."""
-
-    def __init__(self, count: int, nbytes: int) -> None:
-        self.stride = -(-nbytes // PAGE) * PAGE
-        self.free = list(range(count))
-        memory = torch.frombuffer(_anonymous(max(1, count) * self.stride), dtype=torch.uint8)
-        self._each = memory.view(-1, self.stride).unbind()  # at once: a slice for each use takes time in decoding
-
-    def __getitem__(self, slot: int) -> torch.Tensor:
-        return self._each[slot]
-
-
-def _anonymous(nbytes: int) -> mmap.mmap:
-    """Memory of this process, in huge pages where the system has them: with small ones, finding each page takes longer
-    than computing with what is in it."""
-    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
-        return mmap.mmap(-1, nbytes)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
-
-
 def read_expert(
     experts: ExpertMap | PackedExperts, reader: DirectReader, layer: int, expert: int, memory: torch.Tensor
 ) -> int:
@@ -169,20 +144,19 @@ class DiskStore:
         self.caches = tuple(caches)
         self.glimpses = [Glimpse() for _ in caches]  # replaced whole, so that any thread may read them
         self._map, self._reader = experts, reader
-        stay, nbytes = sum(c.capacity for c in caches), experts.slot_bytes
-        self._slots = Slots(spare if short else stay + spare, nbytes)  # what is computed with
-        self._kept = Slots(stay, short_bytes(nbytes)) if short else self._slots
-        self._restored = Slots(1, largest(experts.layouts))[0] if experts.short else None
+        self._slots = slot_sets(experts, sum(c.capacity for c in caches), spare, short)
         self._held: tuple[dict[int, int], ...] = tuple({} for _ in caches)  # per layer: resident expert -> kept slot
         self._ahead: dict[tuple[int, int], tuple[Future[int], int]] = {}  # (layer, expert) -> its early read, its slot
+        self._keeping: dict[tuple[int, int], tuple[Future[bool], int]] = {}  # held soon: its shortening, the read slot
         self._pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="moedge-read")
         self._early = ThreadPoolExecutor(1, thread_name_prefix="moedge-ahead")  # one by one, the likeliest first
+        self._side = ThreadPoolExecutor(1, thread_name_prefix="moedge-side")  # shortens and restores
         self._event = threading.Lock()
         self._owner: int | None = None
 
     @property
     def resident_bytes(self) -> int:
-        return sum(len(held) for held in self._held) * self._kept.stride
+        return sum(len(held) for held in self._held) * self._slots.kept.stride
 
     def resident(self, layer: int) -> frozenset[int]:
         return frozenset(self._held[layer])
@@ -213,7 +187,8 @@ class DiskStore:
         if not self._event.acquire(blocking=False):  # another thread's event is under way, it needs the slots
             return
         try:
-            free = self._slots.free
+            self._settle()
+            free = self._slots.read.free
             for expert in experts:
                 if len(free) < 2:  # one remains, so that an event of any layer gets on
                     return
@@ -225,16 +200,16 @@ class DiskStore:
 
     def _claim(self, layer: int, experts: Sequence[int]) -> dict[Future[int], tuple[int, int]]:
         """The early reads of `experts` (all of one layer) that have begun; what has not, or was wrong, is given up."""
-        claimed = {}
+        claimed, free = {}, self._slots.read.free
         for key, (future, slot) in list(self._ahead.items()):
             if future.cancel():
-                self._slots.free.append(slot)
+                free.append(slot)
             elif key[0] == layer and key[1] in experts:
                 claimed[future] = (key[1], slot)
             elif future.done():
                 if not future.exception():  # a guess that cannot be read is no error until someone needs it
                     self.counters.bytes_read += future.result()
-                self._slots.free.append(slot)
+                free.append(slot)
             else:
                 continue
             del self._ahead[key]
@@ -252,37 +227,46 @@ class DiskStore:
             finally:
                 self._owner = None
 
-    def _views(self, layer: int, expert: int, slot: int) -> Parameters:
-        memory = self._slots[slot]
-        if self._restored is not None:  # read in 12 bits a number
-            restore(memory, self._map.layouts[layer].nbytes, self._restored)
-            memory = self._restored
-        return self._map.views(layer, expert, memory)
+    def _views(self, layer: int, expert: int, used: int) -> Parameters:
+        return self._map.views(layer, expert, self._slots.used[used])
 
-    @property
-    def _short(self) -> bool:
-        return self._kept is not self._slots
+    def _restore(self, layer: int, kept: int, used: int) -> None:
+        restore(self._slots.kept[kept], self._map.layouts[layer].nbytes, self._slots.used[used])
 
-    def _restore(self, layer: int, kept: int, slot: int) -> None:
-        restore(self._kept[kept], self._map.layouts[layer].nbytes, self._slots[slot])
+    def _keep(self, layer: int, expert: int, slot: int) -> None:
+        """The expert that was read into `slot` stays from now on, unless it turns out that it cannot be shortened."""
+        if self._slots.kept is self._slots.read:
+            self._held[layer][expert] = slot
+            return
+        kept = self._held[layer][expert] = self._slots.kept.free.pop()
+        memory, nbytes = self._slots.read[slot], self._map.layouts[layer].nbytes
+        self._keeping[layer, expert] = self._side.submit(shorten, memory, nbytes, self._slots.kept[kept]), slot
 
-    def _keep(self, layer: int, slot: int) -> int | None:
-        """Where the expert in `slot` stays from now on; None where it cannot be shortened. Gives back other slots."""
-        if not self._short:
-            return slot
-        kept = self._kept.free.pop()
-        done = shorten(self._slots[slot], self._map.layouts[layer].nbytes, self._kept[kept])
-        self._slots.free.append(slot)
-        if not done:
-            self._kept.free.append(kept)
-        return kept if done else None
+    def _settle(self, layer: int | None = None) -> None:
+        """End the shortening that is done, and of `layer` all; gives its slots back to reads."""
+        for key, (future, _) in list(self._keeping.items()):
+            if future.done() or key[0] == layer:
+                self._end(key)
+
+    def _end(self, key: tuple[int, int]) -> None:
+        """Wait for one expert to be shortened. If it could not be, it does not stay."""
+        future, slot = self._keeping.pop(key)
+        layer, expert = key
+        if not future.result():
+            self._slots.kept.free.append(self._held[layer].pop(expert))
+            self.caches[layer].forget(expert)
+        self._slots.read.free.append(slot)
+
+    def _end_any(self) -> None:
+        assert self._keeping, "the store has fewer slots than its caches and one spare"
+        self._end(next(iter(self._keeping)))
 
     def _load(self, layer: int, expert: int, slot: int) -> int:
         """Bring one expert into a slot (on a reading thread). Returns the bytes read."""
-        return read_expert(self._map, self._reader, layer, expert, self._slots[slot])
+        return read_expert(self._map, self._reader, layer, expert, self._slots.read[slot])
 
     def close(self) -> None:
-        for pool in (self._early, self._pool):
+        for pool in (self._early, self._pool, self._side):
             pool.shutdown(wait=True, cancel_futures=True)
         self._reader.close()
 
@@ -295,82 +279,100 @@ class _Event:
     """
 
     def __init__(self, store: DiskStore, layer: int, experts: Sequence[int], weights: Sequence[float] | None) -> None:
+        store._settle(layer)
         access = store.caches[layer].access(experts, weights)
         self._store, self._layer, self._access = store, layer, access
         self._leaving = frozenset(access.evicted)
-        self._held, self._free, self._kept = store._held[layer], store._slots.free, store._kept.free
+        self._held, self._slots = store._held[layer], store._slots
         self._reading = store._claim(layer, access.misses)
         early = {expert for expert, _ in self._reading.values()}
         self._waiting = deque(expert for expert in access.misses if expert not in early)
         store.counters.hits += len(access.hits)
         store.counters.misses += len(access.misses)
         for expert in self._leaving.intersection(self._held).difference(access.hits):
-            self._kept.append(self._held.pop(expert))
-        self._start_reads(leave=bool(access.hits) and store._short)
+            self._give_up(expert)
+        self._start_reads(leave=bool(access.hits) and self._slots.used is not self._slots.kept)
+
+    def _give_up(self, expert: int) -> None:
+        self._slots.kept.free.append(self._held.pop(expert))
 
     def _start_reads(self, leave: int = 0) -> None:
-        """As many as there are free slots, but for `leave`: what is kept shortened needs one to be restored in."""
-        while self._waiting and len(self._free) > leave:
-            expert, slot = self._waiting.popleft(), self._free.pop()
+        """As many as there are free slots, but for `leave`: hits may need one to be restored in."""
+        self._store._settle()
+        free = self._slots.read.free
+        while self._waiting and len(free) > leave:
+            expert, slot = self._waiting.popleft(), free.pop()
             self._reading[self._store._pool.submit(self._store._load, self._layer, expert, slot)] = (expert, slot)
 
     def hits(self) -> Iterator[list[tuple[int, Parameters]]]:
-        """First those that are to leave: their slots are what waiting reads need."""
-        if self._store._short:
-            yield from self._shortened_hits()
-            return
+        """First those that are to leave: their slots are what waiting reads may need."""
         leaving = [expert for expert in self._access.hits if expert in self._leaving]
         staying = [expert for expert in self._access.hits if expert not in self._leaving]
         for experts in (leaving, staying):
-            if experts:
-                yield from self._handed([(expert, self._held[expert]) for expert in experts])
+            yield from self._handed([(expert, self._held[expert]) for expert in experts], self._slots.kept)
             if experts is leaving:
-                self._free.extend(self._held.pop(expert) for expert in leaving)
-                self._start_reads()
-
-    def _handed(self, experts: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, Parameters]]]:
-        """Experts and their slots as they can be used: one by one where there is one place to restore them to."""
-        views = ((expert, self._store._views(self._layer, expert, slot)) for expert, slot in experts)
-        if self._store._restored is None:
-            yield list(views)
-        else:
-            yield from ([each] for each in views)
-
-    def _shortened_hits(self) -> Iterator[list[tuple[int, Parameters]]]:
-        """The hits, one after the other in the same slot."""
-        for expert in self._access.hits:
-            slot = self._free.pop()
-            try:
-                self._store._restore(self._layer, self._held[expert], slot)
-                yield [(expert, self._store._views(self._layer, expert, slot))]
-            finally:
-                self._free.append(slot)
-            if expert in self._leaving:
-                self._kept.append(self._held.pop(expert))
+                for expert in leaving:
+                    self._give_up(expert)
         self._start_reads()
 
     def misses(self) -> Iterator[list[tuple[int, Parameters]]]:
-        while self._reading:
+        while self._reading or self._waiting:
+            if not self._reading:
+                self._store._end_any()
+                self._start_reads()
+                continue
             done, _ = wait(self._reading, return_when=FIRST_COMPLETED)
             self._store.counters.bytes_read += sum(future.result() for future in done)
-            arrived = [self._reading[future] for future in done]
-            yield from self._handed(arrived)
+            yield from self._handed([self._reading[future] for future in done], self._slots.read)
             for future in done:
                 expert, slot = self._reading.pop(future)
                 if expert in self._leaving:
-                    self._free.append(slot)
-                elif (kept := self._store._keep(self._layer, slot)) is not None:
-                    self._held[expert] = kept
+                    self._slots.read.free.append(slot)
+                else:
+                    self._store._keep(self._layer, expert, slot)
             self._start_reads()
-        assert not self._waiting, "the store has fewer slots than its caches and one spare"
+
+    def _handed(self, experts: Sequence[tuple[int, int]], slots: Slots) -> Iterator[list[tuple[int, Parameters]]]:
+        """Experts and their slots as they are used: all at once, or one by one where they have to be restored."""
+        if slots is not self._slots.used:
+            yield from self._restored(deque(experts))
+        elif experts:
+            yield [(expert, self._store._views(self._layer, expert, slot)) for expert, slot in experts]
+
+    def _restored(self, coming: deque[tuple[int, int]]) -> Iterator[list[tuple[int, Parameters]]]:
+        """One after the other; the next is restored on another thread meanwhile, if there is a slot for it."""
+        store, layer, free = self._store, self._layer, self._slots.used.free
+        begun: deque[tuple[int, int, int, Future[None] | None]] = deque()  # expert, slot, where it goes, its restoring
+        try:
+            while coming or begun:
+                if not begun:
+                    while not free:
+                        store._end_any()
+                    begun.append((*coming.popleft(), free.pop(), None))
+                if coming and free:
+                    (expert, slot), used = coming.popleft(), free.pop()
+                    begun.append((expert, slot, used, store._side.submit(store._restore, layer, slot, used)))
+                expert, slot, used, future = begun[0]
+                if future is None or future.cancel():
+                    store._restore(layer, slot, used)
+                else:
+                    future.result()
+                yield [(expert, store._views(layer, expert, used))]
+                begun.popleft()
+                free.append(used)
+        finally:
+            for _, _, used, future in begun:
+                if future is not None and not future.cancel():
+                    future.result()
+                free.append(used)
 
     def finish(self) -> None:
         """Give back the slots of whatever was not handed out: after an error, or when the consumer stopped early."""
         wait(self._reading)
-        self._free.extend(slot for _, slot in self._reading.values())
+        self._slots.read.free.extend(slot for _, slot in self._reading.values())
         self._reading.clear()
         for expert in self._leaving.intersection(self._held):
-            self._kept.append(self._held.pop(expert))
+            self._give_up(expert)
         for expert in self._store.caches[self._layer].resident - self._held.keys():
             self._store.caches[self._layer].forget(expert)
         hits, misses = self._access.hits, self._access.misses

@@ -122,7 +122,7 @@ def test_an_expert_is_one_read_into_its_slot(packed: Path, monkeypatch: pytest.M
     monkeypatch.delattr(DirectReader, "read")
     with load(packed) as lm:
         logits(lm)
-        slots = lm.store._slots[0].untyped_storage().data_ptr()
+        slots = lm.store._slots.read[0].untyped_storage().data_ptr()
         assert lm.store.counters.misses == len(reads) > 0
         assert lm.store.counters.bytes_read == sum(nbytes for _, nbytes, _, _ in reads)
     assert all(offset % 4096 == nbytes % 4096 == address % 4096 == 0 for offset, nbytes, address, _ in reads)
