@@ -19,7 +19,6 @@ from moedge.models.shorten import can_shorten, short_bytes
 from moedge.runtime.device import forget_code, process_memory
 from moedge.runtime.extents import SCRATCH
 from moedge.runtime.reader import BLOCK, PAGE
-from moedge.runtime.slots import USED
 from moedge.runtime.store import READ_THREADS
 from moedge.units import format_size
 
@@ -96,7 +95,7 @@ def make_plan(
             raise _too_little(limit, left, spare * stride, spare, fixed)
         capacities = share_slots(left // stride - spare, counts)
         if capacities != counts and (shorter := _shorter_slots(blueprint, stride)):
-            working = min(spare, READ_THREADS + 2)  # one to be read into by each thread, one to compute with, one ready
+            working = min(spare, READ_THREADS + 2)  # one for each thread, one to compute with, one for a guess
             more = share_slots((left - working * stride) // shorter, counts)
             if sum(more) > sum(capacities):
                 capacities, spare, slot, short = more, working, shorter, True
@@ -278,8 +277,8 @@ def _coded_bytes(blueprint: Blueprint, chunk: int) -> int:
 
 
 def _restored_bytes(blueprint: Blueprint) -> int:
-    """Of the experts that are computed with, where they are read in 12 bits a number."""
-    return USED * largest(blueprint.experts.layouts) if blueprint.experts.short else 0
+    """Of the expert that is computed with, where they are read in 12 bits a number."""
+    return largest(blueprint.experts.layouts) if blueprint.experts.short else 0
 
 
 def _hidden(blueprint: Blueprint) -> int:

@@ -1,5 +1,7 @@
 """What every verb that runs a model shares: the options of loading it, and loading it with progress shown."""
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,9 +15,23 @@ if TYPE_CHECKING:
     from moedge.runtime.lm import LM
 
 F = TypeVar("F", bound=Callable[..., Any])
+SPINS = "2000"  # of a thread of torch that waits for the next product, by default 300,000
+
+
+def _leave_cores(context: click.Context, option: click.Parameter, memory: int | None) -> int | None:
+    """With a limit, the threads that read experts need the cores on which torch's would wait; before it is imported."""
+    if memory is not None and "torch" not in sys.modules:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    return memory
+
 
 _OPTIONS = (
-    click.option("--memory", type=SIZE, help="Limit for the whole process, such as 600MiB. Without it: no limit."),
+    click.option(
+        "--memory",
+        type=SIZE,
+        callback=_leave_cores,
+        help="Limit for the whole process, such as 600MiB. Without it: no limit.",
+    ),
     click.option("--context", type=click.IntRange(1), help="Tokens reserved. Default: 2048; one answer: its own need."),
     click.option("--parallel", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once."),
     click.option("--dtype", help="fp32, bf16 or fp16; by default the checkpoint's own."),

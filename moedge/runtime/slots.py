@@ -11,8 +11,6 @@ from moedge.models.packed_experts import PackedExperts
 from moedge.models.shorten import short_bytes
 from moedge.runtime.reader import PAGE
 
-USED = 2  # slots to use experts from, where these are not read into: one in use, one that is being restored
-
 
 class Slots:
     """`count` pieces of `nbytes` bytes in one anonymous mapping; memory is taken when a slot is first written."""
@@ -51,7 +49,7 @@ def slot_sets(experts: ExpertMap | PackedExperts, stay: int, spare: int, short: 
     """Slots for `stay` experts and for `spare` reads under way. `short`: experts read as they are stay in 12 bits."""
     if experts.short:
         read = Slots(stay + spare, experts.slot_bytes)
-        return SlotSets(read, read, Slots(USED, largest(experts.layouts)))
+        return SlotSets(read, read, Slots(1, largest(experts.layouts)))
     if short:
         read = Slots(spare, experts.slot_bytes)
         return SlotSets(read, Slots(stay, short_bytes(experts.slot_bytes)), read)

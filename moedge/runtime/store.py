@@ -147,10 +147,8 @@ class DiskStore:
         self._slots = slot_sets(experts, sum(c.capacity for c in caches), spare, short)
         self._held: tuple[dict[int, int], ...] = tuple({} for _ in caches)  # per layer: resident expert -> kept slot
         self._ahead: dict[tuple[int, int], tuple[Future[int], int]] = {}  # (layer, expert) -> its early read, its slot
-        self._keeping: dict[tuple[int, int], tuple[Future[bool], int]] = {}  # held soon: its shortening, the read slot
         self._pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="moedge-read")
         self._early = ThreadPoolExecutor(1, thread_name_prefix="moedge-ahead")  # one by one, the likeliest first
-        self._side = ThreadPoolExecutor(1, thread_name_prefix="moedge-side")  # shortens and restores
         self._event = threading.Lock()
         self._owner: int | None = None
 
@@ -187,7 +185,6 @@ class DiskStore:
         if not self._event.acquire(blocking=False):  # another thread's event is under way, it needs the slots
             return
         try:
-            self._settle()
             free = self._slots.read.free
             for expert in experts:
                 if len(free) < 2:  # one remains, so that an event of any layer gets on
@@ -234,39 +231,23 @@ class DiskStore:
         restore(self._slots.kept[kept], self._map.layouts[layer].nbytes, self._slots.used[used])
 
     def _keep(self, layer: int, expert: int, slot: int) -> None:
-        """The expert that was read into `slot` stays from now on, unless it turns out that it cannot be shortened."""
+        """The expert that was read into `slot` stays from now on, unless it cannot be shortened."""
         if self._slots.kept is self._slots.read:
             self._held[layer][expert] = slot
             return
-        kept = self._held[layer][expert] = self._slots.kept.free.pop()
-        memory, nbytes = self._slots.read[slot], self._map.layouts[layer].nbytes
-        self._keeping[layer, expert] = self._side.submit(shorten, memory, nbytes, self._slots.kept[kept]), slot
-
-    def _settle(self, layer: int | None = None) -> None:
-        """End the shortening that is done, and of `layer` all; gives its slots back to reads."""
-        for key, (future, _) in list(self._keeping.items()):
-            if future.done() or key[0] == layer:
-                self._end(key)
-
-    def _end(self, key: tuple[int, int]) -> None:
-        """Wait for one expert to be shortened. If it could not be, it does not stay."""
-        future, slot = self._keeping.pop(key)
-        layer, expert = key
-        if not future.result():
-            self._slots.kept.free.append(self._held[layer].pop(expert))
-            self.caches[layer].forget(expert)
+        kept = self._slots.kept.free.pop()
+        if shorten(self._slots.read[slot], self._map.layouts[layer].nbytes, self._slots.kept[kept]):
+            self._held[layer][expert] = kept
+        else:
+            self._slots.kept.free.append(kept)
         self._slots.read.free.append(slot)
-
-    def _end_any(self) -> None:
-        assert self._keeping, "the store has fewer slots than its caches and one spare"
-        self._end(next(iter(self._keeping)))
 
     def _load(self, layer: int, expert: int, slot: int) -> int:
         """Bring one expert into a slot (on a reading thread). Returns the bytes read."""
         return read_expert(self._map, self._reader, layer, expert, self._slots.read[slot])
 
     def close(self) -> None:
-        for pool in (self._early, self._pool, self._side):
+        for pool in (self._early, self._pool):
             pool.shutdown(wait=True, cancel_futures=True)
         self._reader.close()
 
@@ -279,7 +260,6 @@ class _Event:
     """
 
     def __init__(self, store: DiskStore, layer: int, experts: Sequence[int], weights: Sequence[float] | None) -> None:
-        store._settle(layer)
         access = store.caches[layer].access(experts, weights)
         self._store, self._layer, self._access = store, layer, access
         self._leaving = frozenset(access.evicted)
@@ -298,7 +278,6 @@ class _Event:
 
     def _start_reads(self, leave: int = 0) -> None:
         """As many as there are free slots, but for `leave`: hits may need one to be restored in."""
-        self._store._settle()
         free = self._slots.read.free
         while self._waiting and len(free) > leave:
             expert, slot = self._waiting.popleft(), free.pop()
@@ -316,11 +295,7 @@ class _Event:
         self._start_reads()
 
     def misses(self) -> Iterator[list[tuple[int, Parameters]]]:
-        while self._reading or self._waiting:
-            if not self._reading:
-                self._store._end_any()
-                self._start_reads()
-                continue
+        while self._reading:
             done, _ = wait(self._reading, return_when=FIRST_COMPLETED)
             self._store.counters.bytes_read += sum(future.result() for future in done)
             yield from self._handed([self._reading[future] for future in done], self._slots.read)
@@ -331,39 +306,23 @@ class _Event:
                 else:
                     self._store._keep(self._layer, expert, slot)
             self._start_reads()
+        assert not self._waiting, "the store has fewer slots than its caches and one spare"
 
     def _handed(self, experts: Sequence[tuple[int, int]], slots: Slots) -> Iterator[list[tuple[int, Parameters]]]:
         """Experts and their slots as they are used: all at once, or one by one where they have to be restored."""
         if slots is not self._slots.used:
-            yield from self._restored(deque(experts))
+            yield from self._restored(experts)
         elif experts:
             yield [(expert, self._store._views(self._layer, expert, slot)) for expert, slot in experts]
 
-    def _restored(self, coming: deque[tuple[int, int]]) -> Iterator[list[tuple[int, Parameters]]]:
-        """One after the other; the next is restored on another thread meanwhile, if there is a slot for it."""
-        store, layer, free = self._store, self._layer, self._slots.used.free
-        begun: deque[tuple[int, int, int, Future[None] | None]] = deque()  # expert, slot, where it goes, its restoring
-        try:
-            while coming or begun:
-                if not begun:
-                    while not free:
-                        store._end_any()
-                    begun.append((*coming.popleft(), free.pop(), None))
-                if coming and free:
-                    (expert, slot), used = coming.popleft(), free.pop()
-                    begun.append((expert, slot, used, store._side.submit(store._restore, layer, slot, used)))
-                expert, slot, used, future = begun[0]
-                if future is None or future.cancel():
-                    store._restore(layer, slot, used)
-                else:
-                    future.result()
-                yield [(expert, store._views(layer, expert, used))]
-                begun.popleft()
-                free.append(used)
-        finally:
-            for _, _, used, future in begun:
-                if future is not None and not future.cancel():
-                    future.result()
+    def _restored(self, experts: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, Parameters]]]:
+        free = self._slots.used.free
+        for expert, slot in experts:
+            used = free.pop()
+            try:
+                self._store._restore(self._layer, slot, used)
+                yield [(expert, self._store._views(self._layer, expert, used))]
+            finally:
                 free.append(used)
 
     def finish(self) -> None:

@@ -57,8 +57,6 @@ def opened(
 
 def free_slots(store: DiskStore) -> int:
     """All that are free; experts that stay in 12 bits have slots of their own."""
-    for layer in range(len(store.caches)):
-        store._settle(layer)
     return sum(len(slots.free) for slots in {id(slots): slots for slots in store._slots}.values())
 
 
@@ -238,7 +236,6 @@ def test_an_expert_that_cannot_be_shortened_is_used_and_not_kept(
         free = free_slots(store)
         for _ in range(3):
             check(blueprint, store, 0, [1, 2])
-        store._settle(0)
         assert store.resident(0) == store.caches[0].resident == (set() if short else {1, 2})
         assert free_slots(store) + len(store.resident(0)) == free
         assert store.counters.hits == (0 if short else 4)

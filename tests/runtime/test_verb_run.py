@@ -7,6 +7,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from click.testing import CliRunner, Result
 from fake_lm import FakeLM, tiny_lm, without
 
 from moedge.errors import ContextError, DataError
-from moedge.runtime import verb_run
+from moedge.runtime import opening, verb_run
 from moedge.runtime.chat import Chat
 from moedge.runtime.generate import Step, generate
 from moedge.runtime.tally import Tally
@@ -295,3 +296,15 @@ def test_signals_are_only_for_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert failures
+
+
+@pytest.mark.parametrize(
+    ("memory", "modules", "spins"), [(1, {}, True), (None, {}, False), (1, {"torch": None}, False)]
+)
+def test_with_a_limit_torch_leaves_its_cores_to_reads(
+    memory: int | None, modules: dict[str, None], spins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "sys", SimpleNamespace(modules=modules))
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert opening._leave_cores(Any, Any, memory) == memory  # type: ignore[arg-type]
+    assert ("GOMP_SPINCOUNT" in os.environ) == spins
