@@ -23,7 +23,7 @@ from moedge.runtime.store import READ_THREADS
 from moedge.units import format_size
 
 DEFAULT_CONTEXT = 2048  # tokens, where a limit is given and no context
-LATER = 56 << 20  # what running adds to the process after planning: code, imports, thread stacks, BLAS buffers
+LATER = 40 << 20  # what running adds to the process after planning: code, imports, thread stacks, BLAS buffers
 LOGITS = 16 << 20  # the least reserved for logits
 ACTIVATION_COPIES = 14  # hidden-size tensors alive at once in one decoder layer, with room for the allocator
 
@@ -85,14 +85,15 @@ def make_plan(
     spare = max(layer.top_k for layer in layers)
     slot, short = stride, False
     counts = tuple(layer.num_experts for layer in layers)
+    started, _ = process_memory()
     fixed = _fixed_rows(blueprint, context, parallel, prefill_chunk) if limit is not None or context else ()
     if limit is None:
         fixed = fixed or _fixed_rows(blueprint, 0, 0, prefill_chunk)
         capacities = counts
     else:
         left = limit - sum(row.nbytes for row in fixed)
-        if left < spare * stride:
-            raise _too_little(limit, left, spare * stride, spare, fixed)
+        if left < spare * stride or limit < started:
+            raise _too_little(limit, started, spare * stride, spare, fixed)
         capacities = share_slots(left // stride - spare, counts)
         if capacities != counts and (shorter := _shorter_slots(blueprint, stride)):
             working = min(spare, READ_THREADS + 2)  # one for each thread, one to compute with, one for a guess
@@ -185,12 +186,14 @@ def _fixed_rows(blueprint: Blueprint, context: int | None, parallel: int, chunk:
     )
 
 
-def _too_little(limit: int, left: int, need: int, top_k: int, fixed: Sequence[Row]) -> MemoryLimitError:
+def _too_little(limit: int, started: int, need: int, top_k: int, fixed: Sequence[Row]) -> MemoryLimitError:
     rest = ", ".join(f"{row.name} {format_size(row.nbytes)}" for row in fixed)
+    others = sum(row.nbytes for row in fixed)
+    least = format_size(max(others + need, started))
     return MemoryLimitError(
         f"needs {format_size(need)} to hold one layer's {top_k} experts, --memory {format_size(limit)} leaves "
-        f"{format_size(max(0, left))} after {rest}: give at least {format_size(limit - left + need)}, "
-        "or a shorter --context, or fit the model first"
+        f"{format_size(max(0, limit - others))} after {rest}: give at least {least}, or a shorter --context, "
+        "or fit the model first"
     )
 
 

@@ -194,3 +194,11 @@ def test_process_memory_counts_this_process() -> None:
     now, peak = process_memory()
     assert now - before > block.numel() * 4 * 0.9
     assert peak >= now
+
+
+def test_no_less_than_starting_took_is_accepted(blueprint: Blueprint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machine code gives its memory back before the plan is made, but was in memory until then."""
+    sizes = iter([900 << 20, 200 << 20])
+    monkeypatch.setattr(budget, "process_memory", lambda: (next(sizes), 900 << 20))
+    with pytest.raises(MemoryLimitError, match="give at least 900 MiB"):
+        make_plan(blueprint, limit=parse_size("600MiB"), context=64)
