@@ -1,6 +1,6 @@
 """Does packing run at the disk's speed within a memory limit?
 
-    python benchmarks/make_olmoe.py && python benchmarks/pack_speed.py [--memory 900MiB] [--bits 16,8,4] [--pairs 1]
+    python benchmarks/make_olmoe.py && python benchmarks/pack_speed.py [--memory 900MiB] [--bits 16,12,8,4] [--pairs 1]
 
 Each run is a fresh `moedge pack` in a fresh memory cgroup, from a dropped page cache. It is paired with what the disk
 does with the same bytes: every file of the checkpoint read past the page cache in blocks of 1 MiB, and as many bytes as
@@ -62,7 +62,7 @@ def packed(source: Path, out: Path, bits: str, limit: int) -> dict[str, Any]:
 @click.command(help=__doc__)
 @click.option("--model", type=click.Path(path_type=Path), default=default_folder)
 @click.option("--memory", default="900MiB")
-@click.option("--bits", default="16,8,4")
+@click.option("--bits", default="16,12,8,4")
 @click.option("--pairs", default=1)
 @click.option("--save", is_flag=True)
 def main(model: Path, memory: str, bits: str, pairs: int, save: bool) -> None:

@@ -2,27 +2,27 @@
 
 from collections.abc import Sequence
 
-from prefetch import Ranks, watch
+from prefetch import Places, watch
 
 
 class Target:
     """A layer whose guess is always experts 5, 6, 7, most likely first."""
 
     def __init__(self) -> None:
-        self._last: list[tuple[int, int]] = []
+        self._last: list[int] = []
         self.learnt: list[Sequence[int]] = []
 
     def guess(self, hidden: None, resident: Sequence[int]) -> list[int]:
-        self._last = [(rank, expert) for rank, expert in enumerate((5, 6, 7)) if expert not in resident]
-        return [expert for _, expert in self._last]
+        self._last = [expert for expert in (5, 6, 7) if expert not in resident]
+        return self._last
 
     def learn(self, used: Sequence[int]) -> None:
         self.learnt.append(used)
         self._last = []
 
 
-def test_guesses_count_by_rank_and_those_on_disk_apart() -> None:
-    target, every, on_disk = Target(), Ranks(3), Ranks(3)
+def test_guesses_count_by_place_and_those_on_disk_apart() -> None:
+    target, every, on_disk = Target(), Places(3), Places(3)
     watch(target, every, on_disk)
     assert target.guess(None, (5,)) == [6, 7], "as without being watched"
     target.learn([5, 6, 1])
@@ -30,5 +30,5 @@ def test_guesses_count_by_rank_and_those_on_disk_apart() -> None:
     target.guess(None, (5, 7))
     target.learn([1, 2, 3])
     assert every.shares() == [1 / 2, 1 / 2, 0, 2 / 6]
-    assert on_disk.shares() == [None, 1 / 2, 0, 1 / 3]
+    assert on_disk.shares() == [1 / 2, 0, None, 1 / 3]
     assert target.learnt == [[5, 6, 1], [5, 6, 7], [1, 2, 3]]
