@@ -98,6 +98,8 @@ class ExpertMap:
     tensor, when an expert has no source or one of the wrong shape.
     """
 
+    short = False  # slots hold experts as they are
+
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy, checkpoint: Checkpoint) -> None:
         self.layouts = tuple(SlotLayout.of(layer) for layer in anatomy.layers)
         self._config = model.config
@@ -143,8 +145,6 @@ class ExpertMap:
     def nbytes(self, layer: int, expert: int) -> int:
         """Bytes of the expert on disk."""
         return sum(part.nbytes for part in self.parts(layer, expert))
-
-    short = False  # slots hold experts as they are
 
     @property
     def slot_bytes(self) -> int:

@@ -83,6 +83,11 @@ class PackedLayer:
         return all(tensor.format == PLAIN for tensor in self.tensors.values())
 
     @property
+    def is_slot(self) -> bool:
+        """Whether an extent is what a slot holds that is filled from the checkpoint."""
+        return self.plain and not self.short
+
+    @property
     def stride(self) -> int:
         """Bytes of one extent in the file."""
         return -(-(short_bytes(self.nbytes) if self.short else self.nbytes) // PAGE) * PAGE

@@ -24,7 +24,7 @@ from moedge.units import format_size
 
 DEFAULT_CONTEXT = 2048  # tokens, where a limit is given and no context
 LATER = 40 << 20  # what running adds to the process after planning: code, imports, thread stacks, BLAS buffers
-LOGITS = 16 << 20  # the least reserved for logits
+LOGITS = 16 << 20  # the most reserved for logits, unless those of four tokens take more
 ACTIVATION_COPIES = 14  # hidden-size tensors alive at once in one decoder layer, with room for the allocator
 
 
@@ -86,6 +86,8 @@ def make_plan(
     slot, short = stride, False
     counts = tuple(layer.num_experts for layer in layers)
     started, _ = process_memory()
+    if limit is not None:
+        forget_code()
     fixed = _fixed_rows(blueprint, context, parallel, prefill_chunk) if limit is not None or context else ()
     if limit is None:
         fixed = fixed or _fixed_rows(blueprint, 0, 0, prefill_chunk)
@@ -158,7 +160,6 @@ def _checked_context(blueprint: Blueprint, limit: int | None, context: int | Non
 
 def _fixed_rows(blueprint: Blueprint, context: int | None, parallel: int, chunk: int) -> tuple[Row, ...]:
     """Everything that is not an expert slot."""
-    forget_code()
     now, _ = process_memory()
     tokens = context or 0
     chunk = min(chunk, tokens) if tokens else chunk

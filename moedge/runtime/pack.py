@@ -187,7 +187,7 @@ def _small_files(folder: Path) -> list[Path]:
 
 def _threads(plan: _Plan, memory: int | None) -> int:
     """How many experts can be under way within the limit. Raises MemoryLimitError."""
-    slot = max(layout.nbytes for layout in plan.experts.layouts)
+    slot = plan.experts.slot_bytes
     extent = max(layer.stride for layer in plan.manifest.layers)
     each = slot + plan.experts.conversion_bytes + plan.source.overhead + BLOCK
     each += 0 if plan.format == PLAIN and not plan.short else extent
@@ -284,12 +284,12 @@ class _ExtentWriter:
         """This thread's memory for the expert as it is and for its extent; the same where that is plain."""
         held = self._memory.__dict__
         if "source" not in held:
-            held["source"] = Slots(1, max(layout.nbytes for layout in self._plan.experts.layouts))[0]
-            if not packed.plain or packed.short:
+            held["source"] = Slots(1, self._plan.experts.slot_bytes)[0]
+            if not packed.is_slot:
                 held["target"] = Slots(1, max(each.stride for each in self._plan.manifest.layers))[0]
         source: torch.Tensor = held["source"]
         source = source[: -(-self._plan.experts.layouts[layer].nbytes // PAGE) * PAGE]
-        return source, source if packed.plain and not packed.short else held["target"][: packed.stride]
+        return source, source if packed.is_slot else held["target"][: packed.stride]
 
     def close(self) -> None:
         self._reader.close()

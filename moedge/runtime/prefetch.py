@@ -102,8 +102,7 @@ class _Target:
         with torch.inference_mode():
             scores = linear(self._norm(hidden)[0, 0].to(weight.dtype), weight, bias)  # [E]
         self._last = [expert for expert in scores.topk(self._top_k).indices.tolist() if expert not in resident]
-        worth = (expert for expert, right in zip(self._last, self._right, strict=False) if right >= WORTH)
-        return list(worth)
+        return [expert for expert, right in zip(self._last, self._right, strict=False) if right >= WORTH]
 
     def learn(self, used: Sequence[int]) -> None:
         """Compare the last guess with the experts that the router then chose."""

@@ -271,13 +271,16 @@ class _Event:
         store.counters.misses += len(access.misses)
         for expert in self._leaving.intersection(self._held).difference(access.hits):
             self._give_up(expert)
-        self._start_reads(leave=bool(access.hits) and self._slots.used is not self._slots.kept)
+        self._reserve = int(
+            bool(access.hits) and self._slots.kept is not self._slots.read
+        )  # for hits to be restored in
+        self._start_reads(self._reserve)
 
     def _give_up(self, expert: int) -> None:
         self._slots.kept.free.append(self._held.pop(expert))
 
     def _start_reads(self, leave: int = 0) -> None:
-        """As many as there are free slots, but for `leave`: hits may need one to be restored in."""
+        """As many as there are free slots, but for `leave`."""
         free = self._slots.read.free
         while self._waiting and len(free) > leave:
             expert, slot = self._waiting.popleft(), free.pop()
@@ -292,6 +295,7 @@ class _Event:
             if experts is leaving:
                 for expert in leaving:
                     self._give_up(expert)
+                self._start_reads(self._reserve)
         self._start_reads()
 
     def misses(self) -> Iterator[list[tuple[int, Parameters]]]:
