@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -268,9 +269,13 @@ def test_a_file_that_holds_no_key(server: FakeServer, text: str, tmp_path: Path)
     assert text not in str(result.exception) or not text
 
 
-def test_ctrl_c_shows_what_the_server_did_until_then(server: FakeServer) -> None:
+def test_ctrl_c_shows_what_the_server_did_until_then(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = threading.Event()  # the first answer, which the second request may overtake
+    monkeypatch.setattr(verb_bench, "listed", lambda *_: counted.set() or "")
+
     def behave(exchange: Exchange) -> None:
         if exchange.body["seed"] == 1:
+            assert counted.wait(60)
             os.kill(os.getpid(), signal.SIGINT)
             exchange.connection.recv(1)
         stream(exchange)
