@@ -103,6 +103,15 @@ def dissect(model: PreTrainedModel) -> Anatomy:
     return Anatomy(type(model).__name__, layers, bool(getattr(model.config, "is_encoder_decoder", False)))
 
 
+def decoder_layer(modules: Mapping[str, nn.Module], layer: MoeLayer) -> str:
+    """Path of the element of the outermost ModuleList that holds the MoE block: `model.layers.3`."""
+    names = layer.block.split(".")
+    for end in range(1, len(names)):
+        if isinstance(modules[".".join(names[:end])], nn.ModuleList):
+            return ".".join(names[: end + 1])
+    return layer.block
+
+
 def is_experts(module: nn.Module) -> bool:
     """Whether `module` holds the routed experts of a layer: decorated by transformers, or a ModuleDict of experts."""
     return _is_decorated(module) or _is_modular(module)

@@ -100,16 +100,21 @@ def coded_modules(model: PreTrainedModel, coded: Iterable[str]) -> dict[str, lis
     """The coded matrices that a model's modules can hold as they are, each with the paths of these modules.
 
     `model`: a whole one on the meta device. Several modules where weights are tied. Only torch's own Linear and
-    Embedding: a matrix of another class (a scaled embedding) is not among them and is made dense on loading.
+    Embedding: a matrix that one of another class has too (a scaled embedding) is made dense on loading.
     """
     owners: dict[int, list[str]] = {}
+    others: set[int] = set()
     for path, module in model.named_modules(remove_duplicate=False):
+        weight = module._parameters.get("weight")
         if type(module) in (nn.Linear, nn.Embedding):
-            owners.setdefault(id(module.weight), []).append(path)
+            owners.setdefault(id(weight), []).append(path)
+        else:
+            others.add(id(weight))
     target_of, found = target_names(model), {}
     for name in coded:
         module = model.get_submodule(target_of(name)[0].rpartition(".")[0])
-        if paths := owners.get(id(module.weight)):
+        paths = owners.get(id(module.weight))
+        if paths and id(module.weight) not in others:
             found[name] = paths
     return found
 

@@ -73,7 +73,7 @@ def compile_objects(cc: Sequence[str], folder: Path, machine: str, flags: Sequen
         except BuildError:
             continue  # an older compiler: it does without this variant
         defines.append(f"-DMOEDGE_{name.upper()}")
-    for name in ("product_scalar", "layer", "linear", "quantise", "shorten", "pool"):
+    for name in ("product_scalar", "layer", "linear", "attention", "quantise", "shorten", "pool"):
         made.append(_compile(cc, name, folder, (*flags, *defines)))
     return made
 

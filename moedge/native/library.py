@@ -69,6 +69,53 @@ class Norm(Structure):
     )
 
 
+class Projection(Structure):
+    """moedge_projection of moedge.h."""
+
+    _fields_ = (("matrix", Matrix), ("memory", c_void_p), ("bias", c_void_p))
+
+
+class HeadNorm(Structure):
+    """moedge_head_norm of moedge.h."""
+
+    _fields_ = (("weight", c_void_p), ("columns", c_int32), ("epsilon", c_float), ("offset", c_float))
+
+
+class Attention(Structure):
+    """moedge_attention of moedge.h."""
+
+    _fields_ = (
+        *((name, Projection) for name in ("q", "k", "v", "o")),
+        *((name, HeadNorm) for name in ("q_norm", "k_norm")),
+        *((name, c_int32) for name in ("heads", "kv_heads", "head_size", "rotated", "code")),
+        ("scale", c_float),
+    )
+
+
+class AttentionCall(Structure):
+    """moedge_attention_call of moedge.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "cos", "sin", "keys", "values")),
+        *(("head_stride", c_int64), ("past", c_int32), ("out", c_void_p), ("workspace", c_void_p)),
+    )
+
+
+class DecoderLayer(Structure):
+    """moedge_decoder_layer of moedge.h."""
+
+    _fields_ = (
+        *(("attention", Attention), ("before", HeadNorm), ("after", HeadNorm), ("router", Projection)),
+        *((name, c_int32) for name in ("top_k", "normalised")),
+    )
+
+
+class DecoderCall(Structure):
+    """moedge_decoder_call of moedge.h."""
+
+    _fields_ = (("attention", AttentionCall), *((name, c_void_p) for name in ("normed", "experts", "weights")))
+
+
 class Rounding(Structure):
     """moedge_rounding of moedge.h."""
 
@@ -99,6 +146,20 @@ class Library:
 
     def linear(self, matrix: Matrix, extent: int, rows: Rows, threads: int) -> None:
         self._c.moedge_linear(self._variant, byref(matrix), extent, byref(rows), threads)
+
+    def attention_workspace(self, attention: Attention, tokens: int, threads: int) -> int:
+        """Bytes that a call needs, `tokens` with the one that is new."""
+        return int(self._c.moedge_attention_workspace(byref(attention), tokens, threads))
+
+    def attend(self, attention: Attention, call: AttentionCall, threads: int) -> None:
+        self._c.moedge_attend(self._variant, byref(attention), byref(call), threads)
+
+    def route_workspace(self, layer: DecoderLayer, tokens: int, threads: int) -> int:
+        """Bytes that a call needs, `tokens` with the one that is new."""
+        return int(self._c.moedge_route_workspace(byref(layer), tokens, threads))
+
+    def attend_and_route(self, layer: DecoderLayer, call: DecoderCall, threads: int) -> None:
+        self._c.moedge_attend_and_route(self._variant, byref(layer), byref(call), threads)
 
     def quantise(self, rounding: Rounding) -> int:
         """0; 1 where a number is not finite; 2 without memory."""
@@ -136,6 +197,14 @@ def _functions(path: Path) -> Any:
     c.moedge_linear_workspace.restype, c.moedge_linear_workspace.argtypes = ctypes.c_size_t, (POINTER(Matrix), c_int)
     c.moedge_linear.restype = None
     c.moedge_linear.argtypes = (c_int, POINTER(Matrix), c_void_p, POINTER(Rows), c_int)
+    c.moedge_attention_workspace.restype = ctypes.c_size_t
+    c.moedge_attention_workspace.argtypes = (POINTER(Attention), c_int, c_int)
+    c.moedge_attend.restype = None
+    c.moedge_attend.argtypes = (c_int, POINTER(Attention), POINTER(AttentionCall), c_int)
+    c.moedge_route_workspace.restype = ctypes.c_size_t
+    c.moedge_route_workspace.argtypes = (POINTER(DecoderLayer), c_int, c_int)
+    c.moedge_attend_and_route.restype = None
+    c.moedge_attend_and_route.argtypes = (c_int, POINTER(DecoderLayer), POINTER(DecoderCall), c_int)
     c.moedge_quantise.restype, c.moedge_quantise.argtypes = c_int, (POINTER(Rounding),)
     c.moedge_rms_norm.restype, c.moedge_rms_norm.argtypes = None, (POINTER(Norm),)
     c.moedge_dequantise.restype = None

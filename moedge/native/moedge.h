@@ -66,6 +66,60 @@ typedef struct {
     void *out;
 } moedge_norm;
 
+/* One of an attention's four matrices, at the start of `memory`; bias [rows] or NULL. */
+typedef struct {
+    moedge_matrix matrix;
+    const uint8_t *memory;
+    const void *bias;
+} moedge_projection;
+
+/* Root mean square norm of queries or keys: of each head where columns is the head's size, of all heads at once where it
+   is theirs together, none where it is 0. */
+typedef struct {
+    const void *weight; /* [columns] */
+    int32_t columns;
+    float epsilon, offset;
+} moedge_head_norm;
+
+/* Attention as Llama and its kin have it: o(softmax(scale * q(x) K) V), q and k normed, then their first `rotated`
+   numbers of a head rotated by halves; heads / kv_heads queries share a head of keys. Everything but the matrices is
+   of the dtype `code`, fp32 or bf16. q, k and v are stored in one format. */
+typedef struct {
+    moedge_projection q, k, v, o;
+    moedge_head_norm q_norm, k_norm;
+    int32_t heads, kv_heads, head_size, rotated; /* head_size: a multiple of 8 */
+    int32_t code;
+    float scale;
+} moedge_attention;
+
+/* One more token. Head h of the keys begins at h * head_stride numbers, its token t at t * head_size from there; so do
+   values. The token's own are written behind those of `past` tokens. */
+typedef struct {
+    const void *x, *cos, *sin; /* [hidden], [rotated], [rotated] */
+    void *keys, *values;
+    int64_t head_stride;
+    int32_t past;
+    void *out; /* [hidden] */
+    uint8_t *workspace;
+} moedge_attention_call;
+
+/* What a decoder layer does with a token before its experts: a norm, attention, its sum with the token, another norm,
+   and the router's choice: the top_k largest of softmax(router * normed), scaled to a sum of 1 where `normalised`. The
+   router's matrix is stored as it is. */
+typedef struct {
+    moedge_attention attention;
+    moedge_head_norm before, after;
+    moedge_projection router;
+    int32_t top_k, normalised;
+} moedge_decoder_layer;
+
+typedef struct {
+    moedge_attention_call attention; /* x: the token; out: its sum with what attention gives */
+    float *normed;                   /* [hidden]: what the experts are to see */
+    int32_t *experts;                /* [top_k], the likeliest first */
+    float *weights;                  /* [top_k] */
+} moedge_decoder_call;
+
 /* Rows of numbers to int8 or int4 groups, as runtime/formats.py defines it: number c of row r is at r * row_step +
    c * column_step. zeros is NULL for symmetric formats. */
 typedef struct {
@@ -86,6 +140,10 @@ size_t moedge_workspace(const moedge_expert *expert, int tokens_count, int route
 void moedge_layer(int variant, const moedge_expert *expert, const moedge_call *call, int threads);
 size_t moedge_linear_workspace(const moedge_matrix *matrix, int count);
 void moedge_linear(int variant, const moedge_matrix *matrix, const uint8_t *extent, const moedge_rows *call, int threads);
+size_t moedge_attention_workspace(const moedge_attention *attention, int tokens, int threads);
+void moedge_attend(int variant, const moedge_attention *attention, const moedge_attention_call *call, int threads);
+size_t moedge_route_workspace(const moedge_decoder_layer *layer, int tokens, int threads);
+void moedge_attend_and_route(int variant, const moedge_decoder_layer *layer, const moedge_decoder_call *call, int threads);
 int moedge_quantise(const moedge_rounding *call); /* 0; 1 where a number is not finite; 2 without memory */
 void moedge_rms_norm(const moedge_norm *call);
 /* Rows begin to end of a matrix as fp32, or rounded to bf16, into out [end - begin, columns]. */

@@ -28,6 +28,9 @@ typedef struct {
     void (*product)(const moedge_matrix *m, const uint8_t *extent, const prepared *x, const int32_t *rows, int n,
                     int begin, int end, float *out, int stride);
     void (*dequantise)(const moedge_matrix *m, const uint8_t *extent, int begin, int end, int bf16, void *out);
+    /* Of one head, its size a multiple of 8: out[t] = q * key t, and out = the sum of weights[t] * value t. */
+    void (*scores)(int code, const float *q, const void *keys, int size, int tokens, float *out);
+    void (*weighted)(int code, const float *weights, const void *values, int size, int tokens, float *out);
     uint64_t (*read_sum)(const uint8_t *memory, size_t nbytes);
 } variant;
 

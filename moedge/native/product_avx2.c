@@ -11,4 +11,4 @@ static int runs(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
-const variant moedge_avx2 = {"avx2", runs, prepare, product, dequantise, read_sum};
+const variant moedge_avx2 = {"avx2", runs, prepare, product, dequantise, scores, weighted, read_sum};

@@ -13,4 +13,4 @@ static int runs(void) {
            __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
-const variant moedge_avx512 = {"avx512-vnni", runs, prepare, product, dequantise, read_sum};
+const variant moedge_avx512 = {"avx512-vnni", runs, prepare, product, dequantise, scores, weighted, read_sum};

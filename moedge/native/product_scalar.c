@@ -14,4 +14,4 @@
 
 static int runs(void) { return 1; }
 
-const variant moedge_scalar = {"scalar", runs, prepare, product, dequantise, read_sum};
+const variant moedge_scalar = {"scalar", runs, prepare, product, dequantise, scores, weighted, read_sum};

@@ -53,18 +53,17 @@ def measure(library: Library, most: int) -> Speeds:
     extents = [start + e * nbytes for e in range(_EXPERTS)]
     x, out = (ctypes.c_float * _SIDE)(), (ctypes.c_float * _SIDE)()
     ends = ctypes.addressof(x), ctypes.addressof(out)
-    speeds = {}
-    for threads in counts:
-        times: dict[int, list[float]] = {0: [], 1: []}
-        for _ in range(_CALLS):
+    times: dict[tuple[int, int], float] = {}
+    for _ in range(_CALLS):  # in turn, and the shortest counts: others may be using the machine just now
+        for threads in counts:
             for which, expert in enumerate((small, large)):
                 begin = time.perf_counter()
                 run_once(library, expert, extents, ends, 1, threads)
-                times[which].append(time.perf_counter() - begin)
-        none, much = (sorted(t)[_CALLS // 2] for t in times.values())
-        # three matrices share one extent: the last two of the three reads come from a cache where it is larger
-        speeds[threads] = none, 3 * _EXPERTS * nbytes / max(much - none, 1e-9)
-    return speeds
+                taken = time.perf_counter() - begin
+                times[threads, which] = min(taken, times.get((threads, which), taken))
+    # three matrices share one extent: the last two of the three reads come from a cache where it is larger
+    work = 3 * _EXPERTS * nbytes
+    return {n: (times[n, 0], work / max(times[n, 1] - times[n, 0], 1e-9)) for n in counts}
 
 
 def _cache_file() -> Path:

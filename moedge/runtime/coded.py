@@ -17,7 +17,7 @@ from moedge.models.packed_experts import EXTENT, PackedExperts
 from moedge.native import library as native
 from moedge.native.threads import best, calibrated
 from moedge.runtime.extents import extent_of, parameters
-from moedge.runtime.kernels import LayerKernel, Routing, recognise, route
+from moedge.runtime.kernels import LayerKernel, Routing, recognise, route, route_token
 
 Fetched = Iterable[tuple[int, dict[str, Tensor]]]
 Batches = Iterable[list[tuple[int, dict[str, Tensor]]]]
@@ -36,18 +36,24 @@ class CodedLayer:
             yield expert, parameters(self._extent, held[EXTENT], self._transposed)
 
     def mix(self, hidden: Tensor, index: Tensor, weights: Tensor, experts: Sequence[int], batches: Batches) -> Tensor:
-        """Weighted outputs added up in the order of `experts`, [T, H], [T, k], [T, k] -> [T, H].
+        """Weighted outputs added up in the order of `experts`, [T, H], [T, k], [T, k] -> [T, H]."""
+        return self._mix(hidden, route(index, weights, experts), experts, batches)
 
-        Each batch is computed in one call. The sum waits until the last: its order must not depend on the cache.
-        """
+    def mix_token(self, hidden: Tensor, experts: Sequence[int], weights: Sequence[float], batches: Batches) -> Tensor:
+        """The same for one token whose `experts` have these `weights`, [1, H] -> [1, H]."""
+        return self._mix(hidden, route_token(weights), experts, batches)
+
+    def _mix(self, hidden: Tensor, routing: Routing, experts: Sequence[int], batches: Batches) -> Tensor:
+        """Each batch is computed in one call. The sum waits until the last: its order must not depend on the cache."""
         assert self.kernel is not None
-        routing = route(index, weights, experts)
-        terms = hidden.new_empty(len(routing.tokens), hidden.shape[1], dtype=torch.float32)  # [R, H]
-        rows = dict(zip(experts, pairwise(routing.starts), strict=True))
+        rows: dict[int, tuple[int, int]] = {}
         for batch in batches:
             extents = [held[EXTENT] for _, held in batch]
             if len(batch) == len(experts) and [expert for expert, _ in batch] == list(experts):
                 return self.kernel.mix(hidden, extents, routing).to(hidden.dtype)
+            if not rows:
+                rows = dict(zip(experts, pairwise(routing.starts), strict=True))
+                terms = hidden.new_empty(len(routing.tokens), hidden.shape[1], dtype=torch.float32)  # [R, H]
             of_batch = [rows[expert] for expert, _ in batch]
             row = torch.cat([torch.arange(*each) for each in of_batch])
             starts = [0, *accumulate(end - begin for begin, end in of_batch)]

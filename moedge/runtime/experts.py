@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 Rows = tuple[Tensor, Tensor]  # token and position in its top-k, [N] each
 Observer = Callable[[int, Tensor, Rows | None], None]  # expert, its output [N, H]; rows None: as `choices` has them
+_CLOSED = "this model was closed: load it again with moedge.load"
 IMPLEMENTATION = "moedge"  # the name in transformers' registry of experts implementations
 
 
@@ -60,11 +61,21 @@ class ExpertSource:
     def mix(self, coded: "CodedLayer", hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The layer's result straight from the extents of its experts."""
         store, experts, probabilities = self._asked(index, weights)
-        return coded.mix(hidden, index, weights, experts, store.batches(self._layer, experts, probabilities))
+        batches = store.batches(self._layer, experts, probabilities)
+        if len(index) == 1 and len(experts) == index.shape[1] and probabilities:  # none twice: the lists say it all
+            return coded.mix_token(hidden, experts, probabilities, batches)
+        return coded.mix(hidden, index, weights, experts, batches)
+
+    def mix_token(self, hidden: Tensor, experts: Sequence[int], weights: Sequence[float]) -> Tensor:
+        """The same for one token whose distinct experts are known, in ascending order; [1, H] -> [1, H]."""
+        if self.store is None:
+            raise ModelError(_CLOSED)
+        assert self.coded is not None
+        return self.coded.mix_token(hidden, experts, weights, self.store.batches(self._layer, experts, weights))
 
     def _asked(self, index: Tensor, weights: Tensor | None) -> tuple[ExpertStore, list[int], list[float] | None]:
         if self.store is None:
-            raise ModelError("this model was closed: load it again with moedge.load")
+            raise ModelError(_CLOSED)
         return self.store, *_distinct(index, weights, self._num_experts)
 
 

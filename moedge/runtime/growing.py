@@ -20,24 +20,29 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             return super().update(key_states, value_states, *args, **kwargs)
+        new = key_states.shape[-2]
+        keys, values = self.extend(new)
+        keys[..., -new:, :], values[..., -new:, :] = key_states, value_states
+        return keys, values
+
+    def extend(self, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values with room for `count` more tokens at their end, which the caller is to write."""
         assert self.keys is not None
         assert self.values is not None
         rooms = self._rooms or (self.keys, self.values)
-        keys, values = _append(rooms[0], self.keys, key_states), _append(rooms[1], self.values, value_states)
-        length = self.keys.shape[-2] + key_states.shape[-2]
-        self._rooms = keys, values
-        self.keys, self.values = keys[..., :length, :], values[..., :length, :]
+        self._rooms = _room(rooms[0], self.keys, count), _room(rooms[1], self.values, count)
+        length = self.keys.shape[-2] + count
+        self.keys, self.values = (room[..., :length, :] for room in self._rooms)
         return self.keys, self.values
 
 
-def _append(room: Tensor, held: Tensor, new: Tensor) -> Tensor:
-    """The tensor that begins with `held` and then `new`: `room` where `held` is its beginning and it is long enough."""
-    start, end = held.shape[-2], held.shape[-2] + new.shape[-2]
+def _room(room: Tensor, held: Tensor, count: int) -> Tensor:
+    """A tensor that begins with `held` and has `count` more tokens: `room`, where that is such a one."""
+    start, end = held.shape[-2], held.shape[-2] + count
     same = room.data_ptr() == held.data_ptr() and room.shape[:-2] == held.shape[:-2]
     if not same or end > room.shape[-2]:
         room = held.new_empty(*held.shape[:-2], max(LEAST, 2 * end), held.shape[-1])
         room[..., :start, :] = held
-    room[..., start:end, :] = new
     return room
 
 

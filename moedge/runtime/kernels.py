@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import c_int32, c_void_p
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -93,18 +94,19 @@ class Routing:
     weights: Tensor  # [R], fp32
 
 
+def route_token(weights: Sequence[float]) -> Routing:
+    """The routing of one token through as many experts as `weights`; without a tensor operation for each."""
+    count = len(weights)
+    return Routing([*range(count + 1)], _one_token(count), torch.tensor(weights, dtype=torch.float32))
+
+
+@cache
+def _one_token(count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int32)
+
+
 def route(index: Tensor, weights: Tensor, experts: Sequence[int]) -> Routing:
     """The routing of the chosen `experts` from a router's output, [T, k] and [T, k]."""
-    if len(index) == 1:  # decode: no tensor operation per expert
-        chosen: dict[int, list[float]] = {expert: [] for expert in experts}
-        for expert, weight in zip(index[0].tolist(), weights[0].tolist(), strict=True):
-            if expert in chosen:
-                chosen[expert].append(weight)
-        starts = [0]
-        for each in chosen.values():
-            starts.append(starts[-1] + len(each))
-        flat = [weight for each in chosen.values() for weight in each]
-        return Routing(starts, torch.zeros(len(flat), dtype=torch.int32), torch.tensor(flat, dtype=torch.float32))
     rows = [torch.where((index == expert).T) for expert in experts]  # (position, token), in eager's order
     starts = [0]
     for _, token in rows:
@@ -123,6 +125,7 @@ class LayerKernel:
         self._hidden = extent.tensors["down_proj"].shape[0]
         self._library = library if _is_known(extent) else None
         self._expert = _describe(extent, recipe) if self._library else None
+        self._workspaces: dict[tuple[int, int], int] = {}  # bytes for so many tokens and routed rows
 
     def mix(self, hidden: Tensor, extents: Sequence[Tensor], routing: Routing) -> Tensor:
         """Weighted outputs of the experts added up, [T, H] of any dtype -> [T, H] in fp32.
@@ -156,7 +159,8 @@ class LayerKernel:
 
     @staticmethod
     def _most_rows(routing: Routing) -> int:
-        return max((end - start for start, end in pairwise(routing.starts)), default=0)
+        starts = routing.starts
+        return max([end - start for start, end in pairwise(starts)], default=0)
 
     def _call(
         self,
@@ -170,9 +174,11 @@ class LayerKernel:
         assert self._expert is not None
         assert x.shape[1] == self._hidden, f"hidden states are {x.shape[1]} wide, experts {self._hidden}"
         assert len(routing.starts) == len(extents) + 1
-        assert all(memory.numel() >= self._extent.nbytes for memory in extents), "an extent is too short"
-        count, routed = x.shape[0], routing.starts[-1]
-        workspace = workspace_of(self._library.workspace(self._expert, count, routed))
+        assert min([memory.numel() for memory in extents]) >= self._extent.nbytes, "an extent is too short"
+        size = count, routed = x.shape[0], routing.starts[-1]
+        if size not in self._workspaces:
+            self._workspaces[size] = self._library.workspace(self._expert, count, routed)
+        workspace = workspace_of(self._workspaces[size])
         call = Call(
             *(len(extents), count),
             (c_void_p * len(extents))(*[memory.data_ptr() for memory in extents]),

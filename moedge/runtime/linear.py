@@ -1,26 +1,30 @@
-"""Linear layers and embeddings whose matrices are int8 or int4 groups, and how a model gets them.
+"""Linear layers and embeddings whose matrices are int8 or int4 groups.
 
 Few inputs are multiplied by the C kernels where the matrix lies; many, and everything under grad, by torch with rows
-that were made dense. Knows modules, and a pack that reads tensors by name; no experts.
+that were made dense. Knows modules; no files, no experts.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
 
-from moedge.models.backbone import coded_modules, parts_of
-from moedge.models.pack import PackedCheckpoint
 from moedge.native import library as native
-from moedge.native.library import Library, Rows
-from moedge.native.threads import Speeds, best, calibrated
+from moedge.native.library import Library, Matrix, Rows
+from moedge.native.threads import Speeds, best
 from moedge.runtime.formats import Extent, Format, dequantise, layout
 from moedge.runtime.kernels import MANY, matrix_of, workspace_of
-from moedge.runtime.norm import put_fast_norms
 
+FEW = 4  # inputs up to which a plain matrix is faster in C: they share one reading of it
 AT_ONCE = 1 << 20  # numbers that are made dense at once
 WEIGHT = "weight"
-_CODES = {torch.float32: native.F32, torch.bfloat16: native.BF16}
+CODES = {torch.float32: native.F32, torch.bfloat16: native.BF16}
+
+
+def plain_matrix(weight: Tensor) -> Matrix:
+    """A matrix [O, I] as torch has it. Raises ValueError for what C does not read."""
+    if weight.dim() != 2 or not weight.is_contiguous() or weight.dtype not in CODES:
+        raise ValueError(f"a matrix of {weight.dtype}, shape {tuple(weight.shape)}, cannot be read where it lies")
+    return Matrix(0, -1, -1, -1, -1, CODES[weight.dtype], 0, *weight.shape, 0, 0, 1)
 
 
 class CodedMatrix:
@@ -32,7 +36,7 @@ class CodedMatrix:
         padded = torch.empty(self.extent.nbytes + 63, dtype=torch.uint8)
         self.memory = padded[-padded.data_ptr() % 64 :][: self.extent.nbytes]
         self.parts = self.extent.views(self.memory)[WEIGHT]
-        self._matrix = matrix_of(self.extent.tensors[WEIGHT])
+        self.described = matrix_of(self.extent.tensors[WEIGHT])
 
     def rows(self, index: Tensor | slice) -> Tensor:
         """Some rows in the model's dtype, [N, I]."""
@@ -41,11 +45,11 @@ class CodedMatrix:
 
     def times(self, x: Tensor, library: Library, threads: int) -> Tensor:
         """x [N, I], contiguous, fp32 or bf16 -> [N, O] of x's dtype."""
-        count, code = x.shape[0], _CODES[x.dtype]
+        count, code = x.shape[0], CODES[x.dtype]
         out = x.new_empty(count, self.shape[0])
-        workspace = workspace_of(library.linear_workspace(self._matrix, count))
+        workspace = workspace_of(library.linear_workspace(self.described, count))
         call = Rows(count, code, code, x.data_ptr(), out.data_ptr(), workspace.data_ptr())
-        library.linear(self._matrix, self.memory.data_ptr(), call, threads)
+        library.linear(self.described, self.memory.data_ptr(), call, threads)
         return out
 
 
@@ -77,7 +81,7 @@ class CodedLinear(_Coded):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
         if self._library is not None and rows.shape[0] < MANY and not torch.is_grad_enabled():
-            wide = rows.contiguous() if x.dtype in _CODES else rows.float()
+            wide = rows.contiguous() if x.dtype in CODES else rows.float()
             out = self.matrix.times(wide, self._library, self._threads).to(x.dtype)
             if self.bias is not None:
                 out += self.bias
@@ -104,41 +108,23 @@ class CodedEmbedding(_Coded):
         return self.matrix.rows(ids.reshape(-1)).view(*ids.shape, self.embedding_dim)
 
 
-class CodedBackbone:
-    """The coded matrices of a pack for the modules of `model`, a whole one on the meta device.
+class FastLinear:
+    """The forward of a plain nn.Linear for few inputs by the C kernels; everything else goes to the module's own."""
 
-    Reads them at once; `tensors` are the names of what need not be read again.
-    """
+    def __init__(self, module: nn.Linear, library: Library, speeds: Speeds) -> None:
+        self._module, self._library, self._forward = module, library, module.forward
+        self._threads = best(speeds, module.weight.nbytes)
+        self._matrix = plain_matrix(module.weight)
 
-    def __init__(self, model: PreTrainedModel, checkpoint: PackedCheckpoint, dtype: torch.dtype) -> None:
-        self._library = native.load()
-        self._speeds = calibrated(self._library, torch.get_num_threads())
-        self._matrices: dict[str, CodedMatrix] = {}  # module path -> its matrix
-        modules = coded_modules(model, checkpoint.manifest.coded)
-        for name, paths in modules.items():
-            described = checkpoint.manifest.coded[name]
-            matrix = CodedMatrix(Format.parse(described.format), described.shape, dtype)
-            for part, tensor in parts_of(name).items():
-                matrix.parts[part].copy_(checkpoint.read(tensor))
-            self._matrices |= dict.fromkeys(paths, matrix)
-        self.tensors = frozenset(modules)
-
-    def put_into(self, model: PreTrainedModel) -> None:
-        """Replace the modules of a meta model before its weights are loaded."""
-        for path, matrix in self._matrices.items():
-            parent, _, leaf = path.rpartition(".")
-            old = model.get_submodule(path)
-            if isinstance(old, nn.Linear):
-                new: nn.Module = CodedLinear(matrix, old.bias, self._library, self._speeds)
-            else:
-                assert isinstance(old, nn.Embedding)
-                new = CodedEmbedding(matrix, old.padding_idx)
-            setattr(model.get_submodule(parent), leaf, new)
-        tied = model.all_tied_weights_keys
-        for key in [key for key in tied if key.rpartition(".")[0] in self._matrices]:
-            del tied[key]
-
-    def put_norms(self, model: PreTrainedModel) -> None:
-        """Once the weights are loaded: as bit-equality is given up anyway, norms take the fast path too."""
-        if self._library is not None:
-            put_fast_norms(model, self._library)
+    def __call__(self, x: Tensor) -> Tensor:
+        weight = self._module.weight
+        few = 0 < x.numel() <= FEW * weight.shape[1] and x.is_contiguous()
+        if not few or torch.is_grad_enabled() or x.dtype != weight.dtype or CODES.get(x.dtype) != self._matrix.code:
+            return self._forward(x)
+        out = x.new_empty(*x.shape[:-1], weight.shape[0])
+        count = x.numel() // weight.shape[1]
+        workspace = workspace_of(self._library.linear_workspace(self._matrix, count))
+        code = self._matrix.code
+        call = Rows(count, code, code, x.data_ptr(), out.data_ptr(), workspace.data_ptr())
+        self._library.linear(self._matrix, weight.data_ptr(), call, self._threads)
+        return out if self._module.bias is None else out.add_(self._module.bias)

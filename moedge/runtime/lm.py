@@ -32,7 +32,7 @@ from moedge.runtime.store import DiskStore
 from moedge.units import format_size, parse_size
 
 if TYPE_CHECKING:
-    from moedge.runtime.linear import CodedBackbone
+    from moedge.runtime.coded_backbone import CodedBackbone
 
 
 class LM:
@@ -165,9 +165,9 @@ def _assemble(
     coded: CodedBackbone | None = None
     checkpoint = blueprint.checkpoint
     if isinstance(checkpoint, PackedCheckpoint) and checkpoint.manifest.coded:
-        from moedge.runtime import linear  # here: other models do without the kernels
+        from moedge.runtime import coded_backbone  # here: other models do without the kernels
 
-        coded = linear.CodedBackbone(blueprint.meta, checkpoint, blueprint.dtype)
+        coded = coded_backbone.CodedBackbone(blueprint.meta, checkpoint, blueprint.dtype)
 
     def take_out(meta: PreTrainedModel, anatomy: Anatomy) -> None:
         sources.extend(take_out_experts(meta, anatomy))
@@ -176,14 +176,18 @@ def _assemble(
 
     without = frozenset[str]() if coded is None else coded.tensors
     model = load_backbone(blueprint, take_out, None if modular else IMPLEMENTATION, without)
-    if coded is not None:
-        coded.put_norms(model)
     experts = blueprint.experts
+    rounded = coded is not None
     if isinstance(experts, PackedExperts) and not all(layer.plain for layer in experts.layers):
-        from moedge.runtime.coded import coded_layers  # here: other models do without the kernels
+        rounded = True
+        from moedge.runtime.coded import coded_layers
 
         for source, layer in zip(sources, coded_layers(model, blueprint.anatomy, experts), strict=True):
             source.coded = layer
+    if rounded:
+        from moedge.runtime.fast import put_fast_paths
+
+        put_fast_paths(model, blueprint.anatomy, sources)
     store = DiskStore(experts, DirectReader(blueprint.checkpoint), caches, plan.spare, plan.short)
     return LM(model, tokenizer, store, plan, blueprint, sources)
 

@@ -4,6 +4,7 @@ Which modules these are is found by trying them, not by their names. Results may
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +24,17 @@ class FastNorm(nn.Module):
         super().__init__()
         self.weight: nn.Parameter = norm.weight  # type: ignore[assignment]
         object.__setattr__(self, "_norm", norm)  # not a submodule: its weight would be there twice
-        self._offset, self._epsilon, self._library = offset, epsilon, library
+        self.offset, self.epsilon, self._library = offset, epsilon, library
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
+        if others or named:  # a gate, say: not the norm that was found
+            return self._norm(x, *others, **named)  # type: ignore[no-any-return, operator]
         columns = x.shape[-1]
         rows, code = x.numel() // columns, _CODES.get(x.dtype)
         if rows > FEW or code is None or torch.is_grad_enabled() or not x.is_contiguous():
             return self._norm(x)  # type: ignore[no-any-return, operator]
         out, weight = torch.empty_like(x), self.weight
-        call = Norm(rows, columns, code, _CODES[weight.dtype], self._epsilon, self._offset)
+        call = Norm(rows, columns, code, _CODES[weight.dtype], self.epsilon, self.offset)
         call.x, call.weight, call.out = x.data_ptr(), weight.data_ptr(), out.data_ptr()
         self._library.rms_norm(call)
         return out
@@ -63,7 +66,7 @@ def _offset(module: nn.Module, weight: Tensor, epsilon: float) -> float | None:
     x = torch.linspace(-2, 3, weight.numel(), dtype=weight.dtype)[None, None]
     try:
         given = module(x)
-    except (TypeError, RuntimeError, ValueError):  # takes other inputs: no such norm
+    except (TypeError, RuntimeError, ValueError, AttributeError):  # takes other inputs: no such norm
         return None
     if not isinstance(given, Tensor) or given.shape != x.shape or given.dtype != x.dtype:
         return None

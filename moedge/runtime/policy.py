@@ -68,6 +68,8 @@ class LayerCache:
         """
         resident = self.resident
         misses = [e for e in experts if e not in resident]
+        if not misses and self.capacity == self.num_experts:  # nobody ever goes: no policy has to know
+            return Access(tuple(experts), (), ())
         if tokens is None:
             self.policy.used(experts, weights)
         else:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from moedge.models.anatomy import Anatomy, MoeLayer
+from moedge.models.anatomy import Anatomy, MoeLayer, decoder_layer
 from moedge.runtime.store import Glimpse
 
 WORTH = 0.8  # a place in the order is read while it is right this often
@@ -41,7 +41,7 @@ class Prefetcher:
         self.enabled = True
         self._store = store
         modules = dict(model.named_modules())
-        blocks = [modules[_decoder_layer(modules, layer)] for layer in anatomy.layers]
+        blocks = [modules[decoder_layer(modules, layer)] for layer in anatomy.layers]
         self.right = [UNKNOWN] * max(layer.top_k for layer in anatomy.layers)  # by place, of all layers together
         pairs = zip(anatomy.layers, blocks, strict=True)
         self._next = [_Target(layer, modules, block, self.right) for layer, block in pairs]
@@ -109,12 +109,3 @@ class _Target:
         for place, expert in enumerate(self._last):
             self._right[place] += ((expert in used) - self._right[place]) / MEMORY
         self._last = []
-
-
-def _decoder_layer(modules: dict[str, nn.Module], layer: MoeLayer) -> str:
-    """Path of the element of the outermost ModuleList that holds the MoE block: `model.layers.3`."""
-    names = layer.block.split(".")
-    for end in range(1, len(names)):
-        if isinstance(modules[".".join(names[:end])], nn.ModuleList):
-            return ".".join(names[: end + 1])
-    return layer.block

@@ -287,6 +287,12 @@ class _Event:
             self._reading[self._store._pool.submit(self._store._load, self._layer, expert, slot)] = (expert, slot)
 
     def hits(self) -> Iterator[list[tuple[int, Parameters]]]:
+        """The experts that were in memory."""
+        if not self._access.misses:  # then nobody leaves, and nothing waits
+            return self._handed([(expert, self._held[expert]) for expert in self._access.hits], self._slots.kept)
+        return self._hits_among_misses()
+
+    def _hits_among_misses(self) -> Iterator[list[tuple[int, Parameters]]]:
         """First those that are to leave: their slots are what waiting reads may need."""
         leaving = [expert for expert in self._access.hits if expert in self._leaving]
         staying = [expert for expert in self._access.hits if expert not in self._leaving]
@@ -331,12 +337,13 @@ class _Event:
 
     def finish(self) -> None:
         """Give back the slots of whatever was not handed out: after an error, or when the consumer stopped early."""
-        wait(self._reading)
-        self._slots.read.free.extend(slot for _, slot in self._reading.values())
-        self._reading.clear()
-        for expert in self._leaving.intersection(self._held):
-            self._give_up(expert)
-        for expert in self._store.caches[self._layer].resident - self._held.keys():
-            self._store.caches[self._layer].forget(expert)
+        if self._access.misses:
+            wait(self._reading)
+            self._slots.read.free.extend(slot for _, slot in self._reading.values())
+            self._reading.clear()
+            for expert in self._leaving.intersection(self._held):
+                self._give_up(expert)
+            for expert in self._store.caches[self._layer].resident - self._held.keys():
+                self._store.caches[self._layer].forget(expert)
         hits, misses = self._access.hits, self._access.misses
         self._store.glimpses[self._layer] = Glimpse(tuple(self._held), hits + misses, misses)

@@ -5,6 +5,7 @@
 
 #include <time.h>
 
+#include "attention.h"
 #include "backbone.h"
 #include "matrix.h"
 
@@ -191,6 +192,7 @@ int main(int count, char **arguments) {
             if (rounds % 6 >= MOEDGE_INT8) check_dequantise(v, rounds % 6);
             check_linear(v, rounds % 6);
             check_norm();
+            check_decoder(v, rounds % 6 == MOEDGE_F16 ? MOEDGE_BF16 : rounds % 6);
             check_shortening();
             check_rounding(rounds % 2 ? MOEDGE_INT8 : MOEDGE_INT4);
         }

@@ -79,7 +79,7 @@ def test_a_packed_model_computes_with_its_coded_backbone(
         found = lm.model(ids).logits
         bytes_planned = next(row.nbytes for row in lm.plan.rows if row.name == "backbone")
     monkeypatch.setattr("moedge.models.backbone.coded_modules", lambda *_: {})
-    monkeypatch.setattr("moedge.runtime.linear.coded_modules", lambda *_: {})
+    monkeypatch.setattr("moedge.runtime.coded_backbone.coded_modules", lambda *_: {})
     monkeypatch.setattr("moedge.models.load.coded_modules", lambda *_: {})
     with load(tmp_path / "out") as lm, torch.inference_mode():  # every matrix made dense on loading
         assert not any(isinstance(module, CodedLinear) for module in lm.model.modules())
