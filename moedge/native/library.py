@@ -163,7 +163,7 @@ class Library:
 
     def quantise(self, rounding: Rounding) -> int:
         """0; 1 where a number is not finite; 2 without memory."""
-        return int(self._c.moedge_quantise(byref(rounding)))
+        return int(self._c.moedge_quantise(self._variant, byref(rounding)))
 
     def rms_norm(self, norm: Norm) -> None:
         self._c.moedge_rms_norm(byref(norm))
@@ -205,7 +205,7 @@ def _functions(path: Path) -> Any:
     c.moedge_route_workspace.argtypes = (POINTER(DecoderLayer), c_int, c_int)
     c.moedge_attend_and_route.restype = None
     c.moedge_attend_and_route.argtypes = (c_int, POINTER(DecoderLayer), POINTER(DecoderCall), c_int)
-    c.moedge_quantise.restype, c.moedge_quantise.argtypes = c_int, (POINTER(Rounding),)
+    c.moedge_quantise.restype, c.moedge_quantise.argtypes = c_int, (c_int, POINTER(Rounding))
     c.moedge_rms_norm.restype, c.moedge_rms_norm.argtypes = None, (POINTER(Norm),)
     c.moedge_dequantise.restype = None
     c.moedge_dequantise.argtypes = (c_int, POINTER(Matrix), c_void_p, c_int, c_int, c_int, c_void_p)

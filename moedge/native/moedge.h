@@ -144,7 +144,7 @@ size_t moedge_attention_workspace(const moedge_attention *attention, int tokens,
 void moedge_attend(int variant, const moedge_attention *attention, const moedge_attention_call *call, int threads);
 size_t moedge_route_workspace(const moedge_decoder_layer *layer, int tokens, int threads);
 void moedge_attend_and_route(int variant, const moedge_decoder_layer *layer, const moedge_decoder_call *call, int threads);
-int moedge_quantise(const moedge_rounding *call); /* 0; 1 where a number is not finite; 2 without memory */
+int moedge_quantise(int variant, const moedge_rounding *call); /* 0; 1 where a number is not finite; 2 without memory */
 void moedge_rms_norm(const moedge_norm *call);
 /* Rows begin to end of a matrix as fp32, or rounded to bf16, into out [end - begin, columns]. */
 void moedge_dequantise(int variant, const moedge_matrix *matrix, const uint8_t *extent, int begin, int end, int bf16,

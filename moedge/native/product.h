@@ -31,6 +31,7 @@ typedef struct {
     /* Of one head, its size a multiple of 8: out[t] = q * key t, and out = the sum of weights[t] * value t. */
     void (*scores)(int code, const float *q, const void *keys, int size, int tokens, float *out);
     void (*weighted)(int code, const float *weights, const void *values, int size, int tokens, float *out);
+    int (*round_row)(const moedge_rounding *call, int row, float *x, int8_t *q, float *ranges); /* see quantise.inc */
     uint64_t (*read_sum)(const uint8_t *memory, size_t nbytes);
 } variant;
 

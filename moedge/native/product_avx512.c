@@ -1,11 +1,13 @@
 /* AVX-512 VL with VNNI: the same eight lanes, multiply and add in one instruction, twice the registers. */
 
+#include <math.h>
 #include <string.h>
 
 #define MOEDGE_VNNI
 #include "product.h"
 #include "simd_x86.h"
 #include "product.inc"
+#include "quantise.inc"
 
 static int runs(void) {
     __builtin_cpu_init();
@@ -13,4 +15,4 @@ static int runs(void) {
            __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
-const variant moedge_avx512 = {"avx512-vnni", runs, prepare, product, dequantise, scores, weighted, read_sum};
+const variant moedge_avx512 = {"avx512-vnni", runs, prepare, product, dequantise, scores, weighted, round_row, read_sum};

@@ -1,5 +1,6 @@
 /* The variant for every processor. */
 
+#include <math.h>
 #include <string.h>
 
 /* unrolled and inlined as the others are, this one took a minute to compile */
@@ -11,7 +12,8 @@
 #include "product.h"
 #include "simd_scalar.h"
 #include "product.inc"
+#include "quantise.inc"
 
 static int runs(void) { return 1; }
 
-const variant moedge_scalar = {"scalar", runs, prepare, product, dequantise, scores, weighted, read_sum};
+const variant moedge_scalar = {"scalar", runs, prepare, product, dequantise, scores, weighted, round_row, read_sum};

@@ -49,7 +49,7 @@ from moedge.units import format_size
 if TYPE_CHECKING:
     from moedge.runtime.profiling import Profile
 
-THREADS = 4  # experts under way at once; each waits for the disk most of the time
+THREADS = 6  # experts under way at once; each waits for the disk most of the time
 Report = Callable[[int, int], None]  # bytes done, of how many
 
 

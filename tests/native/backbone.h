@@ -67,7 +67,7 @@ static void check_norm(void) {
 }
 
 /* Every number is within a step of what is stored for it: what the bytes are is for the tests beside torch. */
-static void check_rounding(int code) {
+static void check_rounding(int v, int code) {
     int rows = 1 + below(5), columns = 1 + below(200), group = 32 << below(4), transposed = below(2);
     int groups = (columns + group - 1) / group, asymmetric = below(2);
     size_t stored = (size_t)(rows * groups * group) / (code == MOEDGE_INT8 ? 1 : 2);
@@ -77,7 +77,7 @@ static void check_rounding(int code) {
     int8_t *zeros = allocate((size_t)(rows * groups));
     moedge_rounding call = {rows, columns, code, MOEDGE_F32, group, transposed ? 1 : columns, transposed ? rows : 1,
                             x, values, scales, factors, asymmetric ? zeros : NULL};
-    if (moedge_quantise(&call)) exit(2);
+    if (moedge_quantise(v, &call)) exit(2);
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < columns; c++) {
             int at = r * groups * group + c, place = r * groups + c / group, value;
@@ -88,11 +88,11 @@ static void check_rounding(int code) {
             double given = x[transposed ? c * rows + r : r * columns + c];
             double error = fabs((value - zero) * (double)from_half(scales[place]) * factors[r] - given);
             moedge_matrix shape = {.rows = rows, .columns = columns, .code = code, .group = group};
-            if (!(error <= 1.1 * step + fabs(given) * 0x1p-9)) fail("rounding", 0, &shape, 0, error, 1.1 * step);
+            if (!(error <= 1.1 * step + fabs(given) * 0x1p-9)) fail("rounding", v, &shape, 0, error, 1.1 * step);
         }
     float kept = x[0];
     x[0] = NAN;
-    if (moedge_quantise(&call) != 1) exit(3);
+    if (moedge_quantise(v, &call) != 1) exit(3);
     x[0] = kept;
     free(x), free(factors), free(values), free(scales), free(zeros);
 }
