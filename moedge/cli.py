@@ -3,7 +3,9 @@
 Turns errors into messages and exit codes: 1 for failure, 2 for usage, 130 for Ctrl-C. Knows no verb's arguments.
 """
 
+import atexit
 import errno
+import gc
 import importlib
 import os
 import sys
@@ -50,6 +52,9 @@ class Verbs(click.Group):
         own = [(name, command.get_short_help_str(limit=80)) for name, command in sorted(self.commands.items())]
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in VERBS.items()] + own)
+
+
+atexit.register(gc.freeze)  # else the interpreter looks at all of torch's objects once more to end: half a second
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
