@@ -5,7 +5,7 @@ dequantised to the model's dtype. Knows extents and tokens; no disk.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -35,21 +35,26 @@ class CodedLayer:
         for expert, held in fetched:
             yield expert, parameters(self._extent, held[EXTENT], self._transposed)
 
-    def mix(self, hidden: Tensor, index: Tensor, weights: Tensor, experts: Sequence[int], batches: Batches) -> Tensor:
+    def mix(self, hidden: Tensor, index: Tensor, weights: Tensor, experts: list[int], batches: Batches) -> Tensor:
         """Weighted outputs added up in the order of `experts`, [T, H], [T, k], [T, k] -> [T, H]."""
         return self._mix(hidden, route(index, weights, experts), experts, batches)
 
-    def mix_token(self, hidden: Tensor, experts: Sequence[int], weights: Sequence[float], batches: Batches) -> Tensor:
+    def mix_token(self, hidden: Tensor, experts: list[int], weights: Sequence[float], batches: Batches) -> Tensor:
         """The same for one token whose `experts` have these `weights`, [1, H] -> [1, H]."""
-        return self._mix(hidden, route_token(weights), experts, batches)
+        assert self.kernel is not None
+        batches = iter(batches)
+        first = next(batches)
+        if [expert for expert, _ in first] == experts:
+            return self.kernel.mix_token(hidden, [held[EXTENT] for _, held in first], weights).to(hidden.dtype)
+        return self._mix(hidden, route_token(weights), experts, chain([first], batches))
 
-    def _mix(self, hidden: Tensor, routing: Routing, experts: Sequence[int], batches: Batches) -> Tensor:
+    def _mix(self, hidden: Tensor, routing: Routing, experts: list[int], batches: Batches) -> Tensor:
         """Each batch is computed in one call. The sum waits until the last: its order must not depend on the cache."""
         assert self.kernel is not None
         rows: dict[int, tuple[int, int]] = {}
         for batch in batches:
             extents = [held[EXTENT] for _, held in batch]
-            if len(batch) == len(experts) and [expert for expert, _ in batch] == list(experts):
+            if [expert for expert, _ in batch] == experts:
                 return self.kernel.mix(hidden, extents, routing).to(hidden.dtype)
             if not rows:
                 rows = dict(zip(experts, pairwise(routing.starts), strict=True))

@@ -66,7 +66,7 @@ class ExpertSource:
             return coded.mix_token(hidden, experts, probabilities, batches)
         return coded.mix(hidden, index, weights, experts, batches)
 
-    def mix_token(self, hidden: Tensor, experts: Sequence[int], weights: Sequence[float]) -> Tensor:
+    def mix_token(self, hidden: Tensor, experts: list[int], weights: list[float]) -> Tensor:
         """The same for one token whose distinct experts are known, in ascending order; [1, H] -> [1, H]."""
         if self.store is None:
             raise ModelError(_CLOSED)

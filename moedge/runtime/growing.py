@@ -32,7 +32,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         rooms = self._rooms or (self.keys, self.values)
         self._rooms = _room(rooms[0], self.keys, count), _room(rooms[1], self.values, count)
         length = self.keys.shape[-2] + count
-        self.keys, self.values = (room[..., :length, :] for room in self._rooms)
+        self.keys, self.values = self._rooms[0].narrow(-2, 0, length), self._rooms[1].narrow(-2, 0, length)
         return self.keys, self.values
 
 

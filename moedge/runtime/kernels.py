@@ -8,7 +8,7 @@ store, no model.
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from ctypes import c_int32, c_void_p
+from ctypes import addressof, c_float, c_int32, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -24,6 +24,7 @@ from moedge.runtime.formats import FLOATS, Extent, Parts, Stored, dequantise
 
 MANY = 96  # rows of one expert from which dequantising it and multiplying with torch is about as fast
 SCRATCH = 4 << 20  # bytes of weights dequantised at once
+_Ends = tuple[int | None, int | None]
 _WORKSPACE = threading.local()
 _CODES = {"int8": native.INT8, "int4": native.INT4, "mxfp4": native.MXFP4}
 
@@ -105,6 +106,12 @@ def _one_token(count: int) -> Tensor:
     return torch.zeros(count, dtype=torch.int32)
 
 
+@cache
+def _each_once(count: int) -> Any:
+    """As starts of a Routing: each expert has one row."""
+    return (c_int32 * (count + 1))(*range(count + 1))
+
+
 def route(index: Tensor, weights: Tensor, experts: Sequence[int]) -> Routing:
     """The routing of the chosen `experts` from a router's output, [T, k] and [T, k]."""
     rows = [torch.where((index == expert).T) for expert in experts]  # (position, token), in eager's order
@@ -142,6 +149,17 @@ class LayerKernel:
             out.index_add_(0, routing.tokens[start:end], terms[start:end])
         return out
 
+    def mix_token(self, hidden: Tensor, extents: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """The same for one token, [1, H] -> [1, H], and the weight of each expert."""
+        if self._library is None:
+            return self.mix(hidden, extents, route_token(weights))
+        x, count = hidden.float().contiguous(), len(extents)
+        out = torch.zeros_like(x)
+        tokens, factors = _one_token(count), (c_float * count)(*weights)
+        rows = _each_once(count), tokens.data_ptr(), addressof(factors)
+        self._run(x, extents, count, rows, (out.data_ptr(), None))
+        return out
+
     def terms(self, hidden: Tensor, extents: Sequence[Tensor], routing: Routing) -> Tensor:
         """Each routed row's weighted output, [R, H] in fp32: for who has not all experts at once. mix adds the same."""
         x = hidden.float().contiguous()
@@ -170,24 +188,24 @@ class LayerKernel:
         out: Tensor | None = None,
         terms: Tensor | None = None,
     ) -> None:
+        assert len(routing.starts) == len(extents) + 1
+        starts = (c_int32 * len(routing.starts))(*routing.starts)
+        ends = None if out is None else out.data_ptr(), None if terms is None else terms.data_ptr()
+        rows = starts, routing.tokens.data_ptr(), routing.weights.data_ptr()
+        self._run(x, extents, routing.starts[-1], rows, ends)
+
+    def _run(self, x: Tensor, extents: Sequence[Tensor], routed: int, rows: tuple[Any, int, int], ends: _Ends) -> None:
+        """`rows`: starts, and addresses of tokens and weights; `ends`: where the sum, or the terms, are to go."""
         assert self._library is not None
         assert self._expert is not None
         assert x.shape[1] == self._hidden, f"hidden states are {x.shape[1]} wide, experts {self._hidden}"
-        assert len(routing.starts) == len(extents) + 1
         assert min([memory.numel() for memory in extents]) >= self._extent.nbytes, "an extent is too short"
-        size = count, routed = x.shape[0], routing.starts[-1]
+        size = x.shape[0], routed
         if size not in self._workspaces:
-            self._workspaces[size] = self._library.workspace(self._expert, count, routed)
+            self._workspaces[size] = self._library.workspace(self._expert, *size)
         workspace = workspace_of(self._workspaces[size])
-        call = Call(
-            *(len(extents), count),
-            (c_void_p * len(extents))(*[memory.data_ptr() for memory in extents]),
-            (c_int32 * len(routing.starts))(*routing.starts),
-            *(routing.tokens.data_ptr(), routing.weights.data_ptr(), x.data_ptr()),
-            None if out is None else out.data_ptr(),
-            None if terms is None else terms.data_ptr(),
-            workspace.data_ptr(),
-        )
+        addresses = (c_void_p * len(extents))(*[memory.data_ptr() for memory in extents])
+        call = Call(len(extents), x.shape[0], addresses, *rows, x.data_ptr(), *ends, workspace.data_ptr())
         self._library.layer(self._expert, call, self._threads)
 
     def _with_torch(self, x: Tensor, memory: Tensor) -> Tensor:

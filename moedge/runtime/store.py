@@ -271,9 +271,8 @@ class _Event:
         store.counters.misses += len(access.misses)
         for expert in self._leaving.intersection(self._held).difference(access.hits):
             self._give_up(expert)
-        self._reserve = int(
-            bool(access.hits) and self._slots.kept is not self._slots.read
-        )  # for hits to be restored in
+        shortened = self._slots.kept is not self._slots.read
+        self._reserve = int(shortened and bool(access.hits))  # a slot for hits to be restored in
         self._start_reads(self._reserve)
 
     def _give_up(self, expert: int) -> None:
