@@ -7,8 +7,7 @@ Whoever watches a part of the layer with a hook gets the layer's own forward. Kn
 
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import addressof, c_float, c_int32
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +24,7 @@ from moedge.runtime.norm import FastNorm
 Forward = Callable[..., Any]
 
 
-@dataclass(frozen=True)
-class _Routed:
+class _Routed(NamedTuple):
     """A layer's token on its way to the experts: with attention added [1, 1, H], normed [1, H], and the choice."""
 
     hidden: Tensor

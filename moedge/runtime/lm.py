@@ -228,8 +228,10 @@ class _Guard:
 
     def _check_logits(self, model: Any, rows: int) -> None:
         reserved = self._plan.logits_bytes
+        if reserved is None:
+            return
         need = rows * vocabulary(model) * model.dtype.itemsize
-        if reserved is not None and need > reserved:
+        if need > reserved:
             raise MemoryLimitError(
                 f"the logits of {rows} tokens need {format_size(need)}, the plan has {format_size(reserved)} for them: "
                 "pass logits_to_keep, score the text with moedge eval (which goes chunk by chunk), or raise --memory"

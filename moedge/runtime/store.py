@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -169,13 +169,17 @@ class DiskStore:
     def batches(
         self, layer: int, experts: Sequence[int], weights: Sequence[float] | None = None
     ) -> Generator[list[tuple[int, Parameters]], None, None]:
-        with self._exclusive():
+        self._begin()
+        try:
             event = _Event(self, layer, experts, weights)
             try:
                 yield from event.hits()
                 yield from event.misses()
             finally:
                 event.finish()
+        finally:
+            self._owner = None
+            self._event.release()
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Start to read those of `experts` that are not in memory, as far as slots are free, for the next event.
@@ -212,17 +216,13 @@ class DiskStore:
             del self._ahead[key]
         return claimed
 
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
+    def _begin(self) -> None:
+        """Wait for other threads' events."""
         me = threading.get_ident()
         if self._owner == me:
             raise RuntimeError("fetch was called while this thread was still using the experts of another fetch")
-        with self._event:
-            self._owner = me
-            try:
-                yield
-            finally:
-                self._owner = None
+        self._event.acquire()
+        self._owner = me
 
     def _views(self, layer: int, expert: int, used: int) -> Parameters:
         return self._map.views(layer, expert, self._slots.used[used])
