@@ -45,6 +45,7 @@ class FastAttention:
         self._projections: list[CodedLinear | nn.Linear] = projections  # type: ignore[assignment]
         self._norms: list[FastNorm | None] = norms  # type: ignore[assignment]
         self._layer = int(module.layer_idx)  # type: ignore[arg-type]
+        self._tokens = self._room = 0  # a workspace for so many tokens takes so many bytes
         self._shape()
         self._describe()
         self.threads = best(speeds, sum(_nbytes(p) for p in self._projections))
@@ -97,8 +98,10 @@ class FastAttention:
         x: Tensor = kwargs["hidden_states"]
         out = torch.empty_like(x)
         call = self.call(cache, x, kwargs["position_embeddings"], out)
-        room = self._library.attention_workspace(self.described, call.past + 1, self.threads)
-        call.workspace = workspace_of(room).data_ptr()
+        if call.past >= self._tokens:
+            self._tokens = 2 * call.past + 1
+            self._room = self._library.attention_workspace(self.described, self._tokens, self.threads)
+        call.workspace = workspace_of(self._room).data_ptr()
         self._library.attend(self.described, call, self.threads)
         return out, None
 

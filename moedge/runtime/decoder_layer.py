@@ -56,7 +56,8 @@ class FastDecoderLayer:
         self._forward: Forward = module.forward
         self._norms, self._top_k = norms, moe.top_k
         self._watched = [part for part in parts.values() if part is not module]
-        self.normalised = False  # whether a token's weights are scaled to a sum of 1
+        self._normalised = False
+        self._tokens = self._room = 0  # a workspace for so many tokens takes so many bytes
         self._tensors = [norm.weight for norm in norms] + list(router.parameters())
         self._describe()
 
@@ -70,12 +71,18 @@ class FastDecoderLayer:
         if matrix.columns != self._norms[0].weight.numel():
             raise ValueError("its router is no matrix over the hidden state")
         self._places = [tensor.data_ptr() for tensor in self._tensors]
+        self._attention = self.attention.described
         self._described = DecoderLayer(
-            self.attention.described,
+            self._attention,
             *(HeadNorm(n.weight.data_ptr(), n.weight.numel(), n.epsilon, n.offset) for n in self._norms),
             Projection(matrix, weight.data_ptr(), None if bias is None else bias.data_ptr()),
-            self._top_k,
+            *(self._top_k, self._normalised),
         )
+
+    def normalise(self, normalised: bool) -> None:
+        """Whether the weights of a token's experts are scaled to a sum of 1."""
+        self._normalised = normalised
+        self._describe()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the module: [1, 1, H] -> [1, 1, H]."""
@@ -96,9 +103,12 @@ class FastDecoderLayer:
         attention = self.attention.call(cache, x, rotation, hidden)
         if self._places != [tensor.data_ptr() for tensor in self._tensors]:  # the model was moved
             self._describe()
-        self._described.attention, self._described.normalised = self.attention.described, self.normalised
-        room = self._library.route_workspace(self._described, attention.past + 1, self.attention.threads)
-        attention.workspace = workspace_of(room).data_ptr()
+        if self._attention is not self.attention.described:
+            self._describe()
+        if attention.past >= self._tokens:
+            self._tokens = 2 * attention.past + 1
+            self._room = self._library.route_workspace(self._described, self._tokens, self.attention.threads)
+        attention.workspace = workspace_of(self._room).data_ptr()
         experts, weights = (c_int32 * self._top_k)(), (c_float * self._top_k)()
         call = DecoderCall(attention, normed.data_ptr(), addressof(experts), addressof(weights))
         self._library.attend_and_route(self._described, call, self.attention.threads)
@@ -134,7 +144,8 @@ def put_fast_layers(model: nn.Module, anatomy: Anatomy, sources: Sequence[Expert
 @torch.inference_mode()
 def _agrees(module: nn.Module, fast: FastDecoderLayer) -> bool:
     """Whether both give the same around the experts, for which a fixed vector stands."""
-    for fast.normalised in (False, True):
+    for normalised in (False, True):
+        fast.normalise(normalised)
         try:
             if all(_same(module, fast, token) for token in tokens_to_try(fast.attention)):
                 return True
