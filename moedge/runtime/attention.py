@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 from moedge.native.library import Attention, AttentionCall, HeadNorm, Library, Matrix, Projection
 from moedge.native.threads import Speeds, best
 from moedge.runtime.growing import GrowingLayer, let_grow
-from moedge.runtime.kernels import workspace_of
+from moedge.runtime.kernels import GrowingWorkspace
 from moedge.runtime.linear import CODES, CodedLinear, plain_matrix
 from moedge.runtime.norm import FastNorm
 
@@ -45,10 +45,10 @@ class FastAttention:
         self._projections: list[CodedLinear | nn.Linear] = projections  # type: ignore[assignment]
         self._norms: list[FastNorm | None] = norms  # type: ignore[assignment]
         self._layer = int(module.layer_idx)  # type: ignore[arg-type]
-        self._tokens = self._room = 0  # a workspace for so many tokens takes so many bytes
         self._shape()
         self._describe()
         self.threads = best(speeds, sum(_nbytes(p) for p in self._projections))
+        self._workspace = GrowingWorkspace(lambda t: library.attention_workspace(self.described, t, self.threads))
 
     def _shape(self) -> None:
         q, k, v, o = self._projections
@@ -98,10 +98,7 @@ class FastAttention:
         x: Tensor = kwargs["hidden_states"]
         out = torch.empty_like(x)
         call = self.call(cache, x, kwargs["position_embeddings"], out)
-        if call.past >= self._tokens:
-            self._tokens = 2 * call.past + 1
-            self._room = self._library.attention_workspace(self.described, self._tokens, self.threads)
-        call.workspace = workspace_of(self._room).data_ptr()
+        call.workspace = self._workspace.address(call.past + 1)
         self._library.attend(self.described, call, self.threads)
         return out, None
 

@@ -17,7 +17,7 @@ from moedge.native.library import DecoderCall, DecoderLayer, HeadNorm, Library, 
 from moedge.runtime.attention import FastAttention, Token, close, tokens_to_try
 from moedge.runtime.experts import ExpertSource
 from moedge.runtime.growing import GrowingLayer
-from moedge.runtime.kernels import workspace_of
+from moedge.runtime.kernels import GrowingWorkspace
 from moedge.runtime.linear import plain_matrix
 from moedge.runtime.norm import FastNorm
 
@@ -57,9 +57,10 @@ class FastDecoderLayer:
         self._norms, self._top_k = norms, moe.top_k
         self._watched = [part for part in parts.values() if part is not module]
         self._normalised = False
-        self._tokens = self._room = 0  # a workspace for so many tokens takes so many bytes
         self._tensors = [norm.weight for norm in norms] + list(router.parameters())
         self._describe()
+        threads = attention.threads
+        self._workspace = GrowingWorkspace(lambda tokens: library.route_workspace(self._described, tokens, threads))
 
     def _describe(self) -> None:
         """Tell C where everything lies."""
@@ -101,14 +102,10 @@ class FastDecoderLayer:
         """Append a token x [1, 1, H] to the cache, and choose its experts."""
         hidden, normed = torch.empty_like(x), x.new_empty(1, x.shape[-1], dtype=torch.float32)
         attention = self.attention.call(cache, x, rotation, hidden)
-        if self._places != [tensor.data_ptr() for tensor in self._tensors]:  # the model was moved
+        moved = self._places != [tensor.data_ptr() for tensor in self._tensors]
+        if moved or self._attention is not self.attention.described:
             self._describe()
-        if self._attention is not self.attention.described:
-            self._describe()
-        if attention.past >= self._tokens:
-            self._tokens = 2 * attention.past + 1
-            self._room = self._library.route_workspace(self._described, self._tokens, self.attention.threads)
-        attention.workspace = workspace_of(self._room).data_ptr()
+        attention.workspace = self._workspace.address(attention.past + 1)
         experts, weights = (c_int32 * self._top_k)(), (c_float * self._top_k)()
         call = DecoderCall(attention, normed.data_ptr(), addressof(experts), addressof(weights))
         self._library.attend_and_route(self._described, call, self.attention.threads)

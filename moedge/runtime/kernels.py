@@ -250,6 +250,19 @@ def workspace_of(nbytes: int) -> Tensor:
     return memory
 
 
+class GrowingWorkspace:
+    """Memory of this thread for calls over ever more tokens; what so many need, `nbytes` is rarely asked."""
+
+    def __init__(self, nbytes: Callable[[int], int]) -> None:
+        self._nbytes, self._tokens, self._size = nbytes, 0, 0
+
+    def address(self, tokens: int) -> int:
+        if tokens > self._tokens:
+            self._tokens = 2 * tokens
+            self._size = self._nbytes(self._tokens)
+        return workspace_of(self._size).data_ptr()
+
+
 def matrix_of(stored: Stored) -> Matrix:
     """The description of a whole matrix that begins its memory."""
     return _matrix(stored, None, stored.shape[0])
