@@ -1,6 +1,8 @@
-"""Sizes in bytes, to and from text. Knows no other unit."""
+"""Sizes in bytes, to and from text, and in whole pages. Knows no other unit."""
 
 import re
+
+PAGE = 4096  # what reads past the page cache are made of, in offset, length and address
 
 _UNITS = {"": 1, "b": 1} | {
     prefix + suffix: base**power
@@ -9,6 +11,11 @@ _UNITS = {"": 1, "b": 1} | {
     for power, prefix in enumerate("kmgt", start=1)
 }
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+def whole_pages(nbytes: int) -> int:
+    """At least `nbytes`, in whole pages."""
+    return -(-nbytes // PAGE) * PAGE
 
 
 def parse_size(size: str | int) -> int:

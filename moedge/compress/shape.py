@@ -12,12 +12,12 @@ from moedge.models.checkpoint import INDEX
 from moedge.models.hub import resolve
 from moedge.models.load import Blueprint, draw
 from moedge.models.narrow import constraints
-from moedge.models.pack import PAGE
 from moedge.models.packed_experts import PackedExperts
 from moedge.models.quantised import quantisation
 from moedge.runtime.formats import Format
 from moedge.runtime.pack import packed_sizes
 from moedge.runtime.sources import choose_format
+from moedge.units import PAGE
 
 REFUSED = {
     "NllbMoeForConditionalGeneration": "transformers runs its experts 0 and 1 for every token, whatever its router "

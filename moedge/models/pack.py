@@ -26,10 +26,10 @@ from moedge.models.backbone import CodedMatrix, dense_tensors, read_matrix
 from moedge.models.checkpoint import DTYPES, MAX_HEADER, Checkpoint, ShardFile, TensorInfo
 from moedge.models.expert_map import Part
 from moedge.models.shorten import short_bytes
+from moedge.units import whole_pages
 
 VERSION = 2  # 1 where no layer is short
 EXPERTS, BACKBONE = "experts.safetensors", "backbone.safetensors"
-PAGE = 4096
 PLAIN = "plain"
 REMEDY = "copy the pack again, or pack the model again"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -90,7 +90,7 @@ class PackedLayer:
     @property
     def stride(self) -> int:
         """Bytes of one extent in the file."""
-        return -(-(short_bytes(self.nbytes) if self.short else self.nbytes) // PAGE) * PAGE
+        return whole_pages(short_bytes(self.nbytes) if self.short else self.nbytes)
 
     def as_dict(self) -> dict[str, Any]:
         tensors = {
@@ -179,7 +179,7 @@ class Manifest:
             }
             end += stride
         text = _dump(entries).encode()
-        length = -(-(8 + len(text)) // PAGE) * PAGE - 8
+        length = whole_pages(8 + len(text)) - 8
         raw = struct.pack("<Q", length) + text.ljust(length)
         start = raw.index(_OWN_CHECKSUM) + len(_OWN_CHECKSUM)
         return raw[:start] + checksum(raw).encode() + raw[start + 8 :]

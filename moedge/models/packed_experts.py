@@ -9,8 +9,9 @@ import torch
 from moedge.errors import CheckpointError
 from moedge.models.anatomy import Anatomy
 from moedge.models.expert_map import UNRELATED, Field, Part, SlotLayout, largest
-from moedge.models.pack import EXPERTS, PAGE, PLAIN, PackedCheckpoint, PackedLayer, PackedTensor, extent_name
+from moedge.models.pack import EXPERTS, PLAIN, PackedCheckpoint, PackedLayer, PackedTensor, extent_name
 from moedge.models.shorten import restore
+from moedge.units import whole_pages
 
 EXTENT = "extent"  # the name under which a store hands out an expert whose tensors are not plain
 
@@ -45,7 +46,7 @@ class PackedExperts:
     def conversion_bytes(self) -> int:
         """Memory that reading one expert takes besides its slot."""
         converted = [layer for layer, direct in zip(self.layers, self._direct, strict=True) if not direct]
-        return max((layer.stride + layer.short * _pages(layer.nbytes) for layer in converted), default=0)
+        return max((layer.stride + layer.short * whole_pages(layer.nbytes) for layer in converted), default=0)
 
     @property
     def short(self) -> bool:
@@ -83,7 +84,7 @@ class PackedExperts:
         """From an extent into the slot of a layer that is not direct."""
         own = self.layers[layer]
         if own.short:
-            short, extent = extent, torch.empty(_pages(own.nbytes), dtype=torch.uint8)
+            short, extent = extent, torch.empty(whole_pages(own.nbytes), dtype=torch.uint8)
             restore(short, own.nbytes, extent)
         values = _views(own, expert, extent)
         for field in self.layouts[layer].fields:
@@ -98,10 +99,6 @@ class PackedExperts:
         if self._direct[layer]:
             return _views(own, expert, slot)
         return {f.name: slot[f.offset : f.offset + f.nbytes].view(f.dtype).view(f.shape) for f in layout.fields}
-
-
-def _pages(nbytes: int) -> int:
-    return -(-nbytes // PAGE) * PAGE
 
 
 def _fit(packed: Mapping[str, Any], needed: Mapping[str, Any], layer: PackedLayer) -> bool:

@@ -18,9 +18,9 @@ from moedge.models.packed_experts import PackedExperts
 from moedge.models.shorten import can_shorten, short_bytes
 from moedge.runtime.device import forget_code, process_memory
 from moedge.runtime.extents import SCRATCH
-from moedge.runtime.reader import BLOCK, PAGE
+from moedge.runtime.reader import BLOCK
 from moedge.runtime.store import READ_THREADS
-from moedge.units import format_size
+from moedge.units import format_size, whole_pages
 
 DEFAULT_CONTEXT = 2048  # tokens, where a limit is given and no context
 LATER = 40 << 20  # what running adds to the process after planning: code, imports, thread stacks, BLAS buffers
@@ -81,7 +81,7 @@ def make_plan(
     """
     layers = blueprint.anatomy.layers
     context = _checked_context(blueprint, limit, context, parallel)
-    stride = -(-blueprint.experts.slot_bytes // PAGE) * PAGE
+    stride = whole_pages(blueprint.experts.slot_bytes)
     spare = max(layer.top_k for layer in layers)
     slot, short = stride, False
     counts = tuple(layer.num_experts for layer in layers)
@@ -122,7 +122,7 @@ def _shorter_slots(blueprint: Blueprint, stride: int) -> int | None:
     experts = blueprint.experts
     if experts.short or not can_shorten(experts, blueprint.checkpoint):
         return None
-    return -(-short_bytes(stride) // PAGE) * PAGE
+    return whole_pages(short_bytes(stride))
 
 
 def _slots_row(stay: int, slot: int, spare: int, stride: int) -> Row:

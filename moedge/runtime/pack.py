@@ -40,11 +40,11 @@ from moedge.runtime.extents import SCRATCH, describe, extent_of, fill
 from moedge.runtime.formats import PLAIN, SHORT, Format
 from moedge.runtime.journal import Unfinished
 from moedge.runtime.pack_backbone import Backbone
-from moedge.runtime.reader import BLOCK, PAGE, DirectReader
+from moedge.runtime.reader import BLOCK, DirectReader
 from moedge.runtime.slots import Slots
 from moedge.runtime.sources import Source
 from moedge.runtime.store import read_expert
-from moedge.units import format_size
+from moedge.units import format_size, whole_pages
 
 if TYPE_CHECKING:
     from moedge.runtime.profiling import Profile
@@ -288,7 +288,7 @@ class _ExtentWriter:
             if not packed.is_slot:
                 held["target"] = Slots(1, max(each.stride for each in self._plan.manifest.layers))[0]
         source: torch.Tensor = held["source"]
-        source = source[: -(-self._plan.experts.layouts[layer].nbytes // PAGE) * PAGE]
+        source = source[: whole_pages(self._plan.experts.layouts[layer].nbytes)]
         return source, source if packed.is_slot else held["target"][: packed.stride]
 
     def close(self) -> None:

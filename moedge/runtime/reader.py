@@ -17,8 +17,8 @@ import torch
 from moedge.errors import CheckpointError
 from moedge.models.checkpoint import Checkpoint, ShardFile
 from moedge.models.expert_map import Part
+from moedge.units import PAGE, whole_pages
 
-PAGE = 4096
 BLOCK = 1 << 20  # bytes per read: enough for full disk speed, and what is copied from it is still in the CPU cache
 MAX_GAP = 32 << 10  # read over a gap of this many bytes rather than start another read
 
@@ -82,7 +82,7 @@ class _DirectFile:
         begin = start // PAGE * PAGE
         block, count = np.frombuffer(buffer, dtype=np.uint8), 0
         for at in range(begin, end, BLOCK):
-            want = min(BLOCK, -(-(end - at) // PAGE) * PAGE)
+            want = min(BLOCK, whole_pages(end - at))
             got = self._fill(memoryview(buffer), at, want, min(want, end - at), run[0][0].info.name)
             count += got
             for part, target in run:

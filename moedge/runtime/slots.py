@@ -9,14 +9,14 @@ import torch
 from moedge.models.expert_map import ExpertMap, largest
 from moedge.models.packed_experts import PackedExperts
 from moedge.models.shorten import short_bytes
-from moedge.runtime.reader import PAGE
+from moedge.units import whole_pages
 
 
 class Slots:
     """`count` pieces of `nbytes` bytes in one anonymous mapping; memory is taken when a slot is first written."""
 
     def __init__(self, count: int, nbytes: int) -> None:
-        self.stride = -(-nbytes // PAGE) * PAGE
+        self.stride = whole_pages(nbytes)
         self.free = list(range(count))
         memory = torch.frombuffer(_anonymous(max(1, count) * self.stride), dtype=torch.uint8)
         self._each = memory.view(-1, self.stride).unbind()  # at once: a slice for each use takes time in decoding
