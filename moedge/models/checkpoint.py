@@ -10,7 +10,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,6 +194,17 @@ class Checkpoint:
         """The whole tensor `name`, in the checkpoint's dtype, in memory of its own."""
         info = self.tensors[name]
         return self._shards[info.file].pread(info.offset, info.nbytes, name).view(info.dtype).view(info.shape)
+
+    def read_each(self, name: str, rows: Sequence[int]) -> torch.Tensor:
+        """Some rows of the tensor `name`, in the checkpoint's dtype; they are not checked against a pack's checksum."""
+        info = self.tensors[name]
+        shard, nbytes = self._shards[info.file], info.nbytes // info.shape[0]
+        raw = [shard.pread(info.offset + row * nbytes, nbytes, name, shift=0) for row in rows]
+        joined = torch.cat(raw) if raw else torch.empty(0, dtype=torch.uint8)
+        return joined.view(info.dtype).view(len(rows), *info.shape[1:])
+
+    def check_tensor(self, name: str) -> None:
+        """Raises CheckpointError where the bytes of the tensor `name` are not what a checksum says: a pack has one."""
 
     def narrowed(self, rows: Mapping[str, Rows]) -> "Checkpoint":
         """The same checkpoint with only these rows of some tensors in its state dict; closing one closes both."""

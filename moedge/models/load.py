@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from moedge.models.anatomy import Anatomy, dissect
 from moedge.models.architecture import meta_model, text_class, text_config
 from moedge.models.backbone import coded_modules, parts_of
 from moedge.models.checkpoint import Checkpoint
+from moedge.models.embedding import DiskRows, rows_on_disk
 from moedge.models.expert_map import ExpertMap
 from moedge.models.pack import PackedCheckpoint, is_packed
 from moedge.models.packed_experts import PackedExperts
@@ -74,6 +76,11 @@ class Blueprint:
         names = list(coded_modules(self.meta, coded))
         dense = sum(math.prod(coded[name].shape) * self.dtype.itemsize for name in names)
         return dense - sum(checkpoint.stored[part].nbytes for name in names for part in parts_of(name).values())
+
+    @cached_property
+    def disk_rows(self) -> DiskRows | None:
+        """The input embedding, if it can stay on disk."""
+        return rows_on_disk(self.meta, self.checkpoint, self.dtype)
 
     @property
     def max_context(self) -> int | None:

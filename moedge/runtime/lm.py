@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moedge.errors import CheckpointError, ContextError, MemoryLimitError, ModelError
 from moedge.models.anatomy import Anatomy
+from moedge.models.embedding import put_on_disk
 from moedge.models.hub import resolve
 from moedge.models.load import Blueprint, draw, load_backbone, load_tokenizer
 from moedge.models.pack import PackedCheckpoint
@@ -169,12 +170,19 @@ def _assemble(
 
         coded = coded_backbone.CodedBackbone(blueprint.meta, checkpoint, blueprint.dtype)
 
+    on_disk = blueprint.disk_rows if plan.limit is not None else None
+
     def take_out(meta: PreTrainedModel, anatomy: Anatomy) -> None:
         sources.extend(take_out_experts(meta, anatomy))
+        if on_disk is not None:
+            put_on_disk(meta, checkpoint, on_disk, blueprint.dtype)
         if coded is not None:
             coded.put_into(meta)
 
     without = frozenset[str]() if coded is None else coded.tensors
+    if on_disk is not None:
+        without |= {on_disk.tensor}
+        checkpoint.check_tensor(on_disk.tensor)  # once and whole, as its rows have no checksums of their own
     model = load_backbone(blueprint, take_out, None if modular else IMPLEMENTATION, without)
     experts = blueprint.experts
     rounded = coded is not None
