@@ -177,7 +177,7 @@ class Library:
         return bool(self._c.moedge_shorten(numbers, count, out))
 
     def restore(self, shortened: int, count: int, out: int) -> None:
-        self._c.moedge_restore(shortened, count, out)
+        self._c.moedge_restore(self._variant, shortened, count, out)
 
     def dequantise(self, matrix: Matrix, extent: int, rows: tuple[int, int], bf16: bool, out: int) -> None:
         """Rows from, to of a stored matrix to the address `out`, as fp32 or bf16."""
@@ -211,7 +211,7 @@ def _functions(path: Path) -> Any:
     c.moedge_dequantise.argtypes = (c_int, POINTER(Matrix), c_void_p, c_int, c_int, c_int, c_void_p)
     c.moedge_short_bytes.restype, c.moedge_short_bytes.argtypes = ctypes.c_size_t, (c_int64,)
     c.moedge_shorten.restype, c.moedge_shorten.argtypes = c_int, (c_void_p, c_int64, c_void_p)
-    c.moedge_restore.restype, c.moedge_restore.argtypes = None, (c_void_p, c_int64, c_void_p)
+    c.moedge_restore.restype, c.moedge_restore.argtypes = None, (c_int, c_void_p, c_int64, c_void_p)
     c.moedge_read_sum.restype, c.moedge_read_sum.argtypes = ctypes.c_uint64, (c_int, c_void_p, ctypes.c_size_t, c_int)
     return c
 

@@ -152,7 +152,7 @@ void moedge_dequantise(int variant, const moedge_matrix *matrix, const uint8_t *
 /* bf16 numbers, a multiple of 32 of them and fewer than 2^32, in 12 bits each and back, bit for bit. */
 size_t moedge_short_bytes(int64_t count);
 int moedge_shorten(const uint16_t *x, int64_t count, uint8_t *out); /* 1; 0 where their exponents differ too much */
-void moedge_restore(const uint8_t *from, int64_t count, uint16_t *x);
+void moedge_restore(int variant, const uint8_t *from, int64_t count, uint16_t *x);
 uint64_t moedge_read_sum(int variant, const uint8_t *memory, size_t nbytes, int threads); /* reads it all, once */
 
 #endif

@@ -32,6 +32,8 @@ typedef struct {
     void (*scores)(int code, const float *q, const void *keys, int size, int tokens, float *out);
     void (*weighted)(int code, const float *weights, const void *values, int size, int tokens, float *out);
     int (*round_row)(const moedge_rounding *call, int row, float *x, int8_t *q, float *ranges); /* see quantise.inc */
+    /* `before`: the exponent in front of code 1; count is a multiple of BLOCK */
+    void (*restore)(const uint8_t *rest, const uint8_t *codes, uint16_t before, int64_t count, uint16_t *x);
     uint64_t (*read_sum)(const uint8_t *memory, size_t nbytes);
 } variant;
 

@@ -8,6 +8,7 @@
 #include "simd_x86.h"
 #include "product.inc"
 #include "quantise.inc"
+#include "restore.inc"
 
 static int runs(void) {
     __builtin_cpu_init();
@@ -15,4 +16,4 @@ static int runs(void) {
            __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
-const variant moedge_avx512 = {"avx512-vnni", runs, prepare, product, dequantise, scores, weighted, round_row, read_sum};
+const variant moedge_avx512 = {"avx512-vnni", runs, prepare, product, dequantise, scores, weighted, round_row, restore, read_sum};

@@ -7,7 +7,8 @@
 #include "simd_neon.h"
 #include "product.inc"
 #include "quantise.inc"
+#include "restore.inc"
 
 static int runs(void) { return 1; }
 
-const variant moedge_neon = {"neon", runs, prepare, product, dequantise, scores, weighted, round_row, read_sum};
+const variant moedge_neon = {"neon", runs, prepare, product, dequantise, scores, weighted, round_row, restore, read_sum};

@@ -13,7 +13,8 @@
 #include "simd_scalar.h"
 #include "product.inc"
 #include "quantise.inc"
+#include "restore.inc"
 
 static int runs(void) { return 1; }
 
-const variant moedge_scalar = {"scalar", runs, prepare, product, dequantise, scores, weighted, round_row, read_sum};
+const variant moedge_scalar = {"scalar", runs, prepare, product, dequantise, scores, weighted, round_row, restore, read_sum};

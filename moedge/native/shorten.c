@@ -8,7 +8,7 @@
 #include "moedge.h"
 #include "product.h"
 
-enum { CODES = 15, HEAD = 64, SAMPLE = 31, FEW = 2048 }; /* one number of SAMPLE is looked at to find the base, of few all */
+enum { CODES = 15, HEAD = 64, SAMPLE = 31, FEW = 2048 }; /* one in SAMPLE is looked at to find the base, of few all */
 
 typedef struct {
     uint32_t base, listed;
@@ -83,24 +83,11 @@ int moedge_shorten(const uint16_t *x, int64_t count, uint8_t *out) {
     return 1;
 }
 
-static uint16_t join(uint8_t rest, uint8_t code, uint16_t before) {
-    uint16_t exponent = code ? (uint16_t)(before + code) : 0;
-    return (uint16_t)((rest & 0x80) << 8 | exponent << 7 | (rest & 0x7f));
-}
-
-static void restore_block(const uint8_t *restrict rest, const uint8_t *restrict codes, uint16_t before,
-                          uint16_t *restrict x) {
-    for (int i = 0; i < BLOCK / 2; i++) x[i] = join(rest[i], codes[i] & 15, before);
-    for (int i = 0; i < BLOCK / 2; i++) x[i + BLOCK / 2] = join(rest[i + BLOCK / 2], codes[i] >> 4, before);
-}
-
-void moedge_restore(const uint8_t *from, int64_t count, uint16_t *x) {
+void moedge_restore(int v, const uint8_t *from, int64_t count, uint16_t *x) {
     parts p = parts_of(count);
     head h;
     memcpy(&h, from, sizeof h);
-    uint16_t before = (uint16_t)(h.base - 1);
-    for (int64_t at = 0; at < count; at += BLOCK)
-        restore_block(from + HEAD + at, from + p.codes + at / 2, before, x + at);
+    moedge_variant(v)->restore(from + HEAD, from + p.codes, (uint16_t)(h.base - 1), count, x);
     for (uint32_t i = 0; i < h.listed; i++) {
         uint32_t place;
         memcpy(&place, from + p.places + i * sizeof place, sizeof place);

@@ -98,7 +98,7 @@ static void check_rounding(int v, int code) {
 }
 
 /* Numbers around one size, with zeros and, up to more than fit into the list, numbers of any other size. */
-static void check_shortening(void) {
+static void check_shortening(int v) {
     static const moedge_matrix none = {.code = MOEDGE_BF16};
     int count = 32 * (1 + below(200)), rare = below(3) ? 2 + below(400) : 0, size = below(256), any = 0;
     uint16_t *x = allocate((size_t)count * 2), *again = allocate((size_t)count * 2);
@@ -111,7 +111,7 @@ static void check_shortening(void) {
     int done = moedge_shorten(x, count, out);
     if (!done && any <= count / 512 + 16) fail("numbers that fit", 0, &none, count, any, count / 512 + 16);
     if (done) {
-        moedge_restore(out, count, again);
+        moedge_restore(v, out, count, again);
         if (memcmp(x, again, (size_t)count * 2)) fail("shortened numbers", 0, &none, count, 1, 0);
     }
     free(x), free(again), free(out);

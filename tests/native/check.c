@@ -193,7 +193,7 @@ int main(int count, char **arguments) {
             check_linear(v, rounds % 6);
             check_norm();
             check_decoder(v, rounds % 6 == MOEDGE_F16 ? MOEDGE_BF16 : rounds % 6);
-            check_shortening();
+            check_shortening(v);
             check_rounding(v, rounds % 2 ? MOEDGE_INT8 : MOEDGE_INT4);
         }
         printf("%s: %d rounds\n", moedge_variant_name(v), rounds);
