@@ -51,7 +51,7 @@ def put_fast_norms(model: nn.Module, library: Library) -> int:
 
 def _norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, float, float]]:
     for path, module in model.named_modules():
-        weight = getattr(module, "weight", None)
+        weight = module._parameters.get("weight")  # not the property of a coded matrix, which makes it dense
         epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         alone = [name for name, _ in module.named_parameters()] == ["weight"]
         if not (path and alone and isinstance(weight, nn.Parameter) and weight.dim() == 1 and weight.dtype in _CODES):

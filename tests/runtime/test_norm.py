@@ -67,3 +67,14 @@ def test_a_pack_with_a_coded_backbone_has_them(tiny: Callable[..., Path], tmp_pa
     with load(tmp_path / "out") as lm:
         layers = lm.model.config.num_hidden_layers
         assert sum(isinstance(module, FastNorm) for module in lm.model.modules()) == 4 * layers + 1
+
+
+def test_looking_for_norms_makes_no_coded_matrix_dense(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(tiny("qwen3_moe"), tmp_path / "out", Format("int8"), backbone=8)
+    made: list[object] = []
+    monkeypatch.setattr("moedge.runtime.linear.CodedMatrix.rows", lambda matrix, index: made.append(index))
+    with load(tmp_path / "out") as lm:
+        assert any(isinstance(module, FastNorm) for module in lm.model.modules())
+    assert not made
