@@ -1,7 +1,6 @@
 """Three prompts on a small MoE (default checkpoints/mini) with room for half of its experts; then without a limit."""
 
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -9,6 +8,7 @@ import click
 import moedge
 from moedge.models.load import draw
 from moedge.runtime.budget import make_plan
+from moedge.runtime.device import forget_peak
 from moedge.runtime.tally import Tally
 from moedge.runtime.verb_plan import print_plan
 
@@ -28,12 +28,6 @@ def half_of_the_experts(model: Path) -> int:
     return fixed + (sum(plan.num_experts) // 2 + plan.spare) * plan.slot_bytes
 
 
-def forget_peak() -> None:
-    """Let the peak that is shown be that of running within the limit, not of the loading before."""
-    with suppress(OSError):  # Linux only
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 def answer(lm: moedge.LM, prompt: str, show: bool) -> str:
     """The answer, streamed if `show`, and then what the cache did."""
     tally = Tally()
@@ -48,7 +42,7 @@ def answer(lm: moedge.LM, prompt: str, show: bool) -> str:
 def main(model: Path) -> None:
     moedge.load(model, memory="64GiB").close()  # what loading imports and leaves is then in the figure for the process
     limit = max(half_of_the_experts(model) for _ in range(4))
-    forget_peak()
+    forget_peak()  # of loading without a limit
     with moedge.load(model, memory=limit, context=512) as lm:
         print_plan(lm.plan, title=f"{model.name} with room for half of its experts")
         limited = {}

@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 _MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # glibc's mallopt parameters
@@ -80,6 +81,12 @@ def return_freed_memory() -> None:
         libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
         libc.mallopt(_ARENA_MAX, 2)
         libc.malloc_trim(0)
+
+
+def forget_peak() -> None:
+    """Let the process's peak memory be counted from now on. Linux only."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def forget_code() -> None:

@@ -120,3 +120,13 @@ def test_forgotten_code_is_no_memory_and_still_runs() -> None:
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "True"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a peak is counted anew on Linux only")
+def test_a_peak_is_forgotten() -> None:
+    bytearray(64 << 20).count(0)  # which is touched, and given back
+    now, peak = device.process_memory()
+    assert peak - now > 32 << 20
+    device.forget_peak()
+    now, peak = device.process_memory()
+    assert peak - now < 8 << 20
