@@ -19,6 +19,7 @@ from moedge.native.library import INT8, Library, run_once, square_expert
 
 Speeds = Mapping[int, tuple[float, float]]  # threads -> (seconds that a call takes with no work, bytes per second)
 _EXPERTS, _SIDE, _SMALL, _CALLS = 8, 1408, 64, 9  # the large layer: 48 MiB
+_LONG = 1e-3  # seconds of a call with no work: undisturbed it takes a tenth
 
 
 def best(speeds: Speeds, nbytes: int) -> int:
@@ -29,7 +30,7 @@ def best(speeds: Speeds, nbytes: int) -> int:
 def calibrated(library: Library | None, most: int) -> Speeds:
     """The speeds of 1 to `most` threads (1, 2, 4, ...), measured here once and then taken from the cache folder.
 
-    Without a library, one thread.
+    Without a library, one thread. What others disturbed is not kept: then one thread, and the next process measures.
     """
     if library is None or most < 2:
         return {1: (0.0, 1.0)}
@@ -37,9 +38,19 @@ def calibrated(library: Library | None, most: int) -> Speeds:
     key = f"{source_hash()}-{library.variant}-{platform.machine()}-{os.cpu_count()}-{most}"
     known = _read(file)
     if key not in known:
-        known = {key: {str(n): speed for n, speed in measure(library, most).items()}}
+        speeds = measure(library, most)
+        if _disturbed(speeds):
+            return {1: speeds[1]}
+        known = {key: {str(n): speed for n, speed in speeds.items()}}
         _write(file, known)
     return {int(n): (seconds, speed) for n, (seconds, speed) in known[key].items()}
+
+
+def _disturbed(speeds: Speeds) -> bool:
+    """Whether threads had to wait for others' work: an empty call took long, or more were faster than can be, or none."""
+    alone = speeds[1][1]
+    odd = any(seconds > _LONG or speed > 2 * n * alone for n, (seconds, speed) in speeds.items())
+    return odd or all(speed <= alone for n, (_, speed) in speeds.items() if n > 1)
 
 
 def measure(library: Library, most: int) -> Speeds:

@@ -51,3 +51,15 @@ def test_measuring_gives_a_positive_speed_for_every_number_of_threads() -> None:
     speeds = threads.measure(LIBRARY, 2)
     assert set(speeds) == {1, 2}
     assert all(seconds > 0 and speed > 0 for seconds, speed in speeds.values())
+
+
+@pytest.mark.skipif(LIBRARY is None, reason="the C kernels were not built here")
+@pytest.mark.parametrize("two", [(4.6e-3, 5e16), (5e-5, 5e16), (5e-5, 0.9e9)])
+def test_what_others_disturbed_is_not_kept(
+    two: tuple[float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert LIBRARY is not None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(threads, "measure", lambda found, most: {1: (5e-5, 1e9), 2: two})
+    assert threads.calibrated(LIBRARY, 2) == {1: (5e-5, 1e9)}
+    assert not (tmp_path / "moedge").exists()
