@@ -21,6 +21,8 @@ Speeds = Mapping[int, tuple[float, float]]  # threads -> (seconds that a call ta
 _EXPERTS, _SIDE, _SMALL, _CALLS = 8, 1408, 64, 9  # the large layer: 48 MiB
 _LONG = 1e-3  # seconds of a call with no work: undisturbed it takes a tenth
 
+_DISTURBED: dict[str, Speeds] = {}  # what this process goes by where measuring was disturbed
+
 
 def best(speeds: Speeds, nbytes: int) -> int:
     """The number of threads that computes with `nbytes` of weights soonest; the fewest among equals."""
@@ -38,16 +40,19 @@ def calibrated(library: Library | None, most: int) -> Speeds:
     key = f"{source_hash()}-{library.variant}-{platform.machine()}-{os.cpu_count()}-{most}"
     known = _read(file)
     if key not in known:
+        if key in _DISTURBED:
+            return _DISTURBED[key]
         speeds = measure(library, most)
         if _disturbed(speeds):
-            return {1: speeds[1]}
+            _DISTURBED[key] = {1: speeds[1]}
+            return _DISTURBED[key]
         known = {key: {str(n): speed for n, speed in speeds.items()}}
         _write(file, known)
     return {int(n): (seconds, speed) for n, (seconds, speed) in known[key].items()}
 
 
 def _disturbed(speeds: Speeds) -> bool:
-    """Whether threads had to wait for others' work: an empty call took long, or more were faster than can be, or none."""
+    """Whether threads had to wait for others: an empty call took long, or more were faster than can be, or none."""
     alone = speeds[1][1]
     odd = any(seconds > _LONG or speed > 2 * n * alone for n, (seconds, speed) in speeds.items())
     return odd or all(speed <= alone for n, (_, speed) in speeds.items() if n > 1)
