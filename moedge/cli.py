@@ -97,8 +97,8 @@ def _quiet_exit(code: int) -> NoReturn:
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit the process. `args` defaults to sys.argv's."""
     gc.set_threshold(50_000, 20, 20)  # a tenth of the start went on cycles among the libraries' objects, which stay
-    lean_imports()
     try:
+        lean_imports()
         code = cli.main(args, prog_name="moedge", complete_var=COMPLETE_VARIABLE, standalone_mode=False)
         _quiet_exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
