@@ -148,7 +148,8 @@ def test_interrupted_while_starting(library: str, model: Path, start: Callable[.
         time.sleep(0.01)
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)
-    assert child.returncode == 130
+    # a shell says 130 of both: where an extension's import swallows the interrupt, Python ends by the signal itself
+    assert child.returncode in (130, -signal.SIGINT)
     assert "Traceback" not in err
 
 
