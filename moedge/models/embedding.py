@@ -42,12 +42,10 @@ def rows_on_disk(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dt
         paths[0] in group for group in coded_modules(model, checkpoint.manifest.coded).values()
     ):
         return None
-    target_of = target_names(model)
-    sources = [name for name in checkpoint.tensors if target_of(name) == (f"{paths[0]}.weight", None)]
+    target_of, shape = target_names(model), tuple(weight.shape)
+    alike = [name for name, info in checkpoint.tensors.items() if info.shape == shape and info.dtype in FLOATS]
+    sources = [name for name in alike if target_of(name) == (f"{paths[0]}.weight", None)]
     if len(sources) != 1 or sources[0] in checkpoint.rows:
-        return None
-    info = checkpoint.tensors[sources[0]]
-    if info.shape != tuple(weight.shape) or info.dtype not in FLOATS:
         return None
     return DiskRows(paths[0], sources[0], nbytes)
 
@@ -75,7 +73,6 @@ class DiskEmbedding(nn.Module):
 
 def put_on_disk(model: PreTrainedModel, checkpoint: Checkpoint, rows: DiskRows, dtype: torch.dtype) -> None:
     """Replace the embedding of a meta model before its weights are loaded."""
-    parent, _, leaf = rows.path.rpartition(".")
     old = model.get_submodule(rows.path)
     assert isinstance(old, nn.Embedding)
-    setattr(model.get_submodule(parent), leaf, DiskEmbedding(checkpoint, rows.tensor, dtype, old.padding_idx))
+    model.set_submodule(rows.path, DiskEmbedding(checkpoint, rows.tensor, dtype, old.padding_idx))

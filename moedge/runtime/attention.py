@@ -6,6 +6,7 @@ bits, as sums have another order. Knows modules and caches; no experts.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -175,22 +176,23 @@ def put_fast_attention(model: nn.Module, library: Library, speeds: Speeds) -> in
             fast = FastAttention(module, library, speeds)
         except (ValueError, AttributeError, TypeError):  # another kind of attention
             continue
-        if _agrees(module, fast):
+        if holds(partial(_same, module, fast), fast):
             module.forward = fast
             count += 1
     return count
 
 
 @torch.inference_mode()
-def _agrees(module: nn.Module, fast: FastAttention) -> bool:
-    """Whether both give the same, and leave the same in their caches."""
+def holds(same: Callable[["Token"], bool], fast: FastAttention) -> bool:
+    """Whether `same` is true of a small token, and of a large one that finds limits on what a module computes."""
     try:
-        return all(_same(module, fast, token) for token in tokens_to_try(fast))
+        return all(same(Token(fast, size, position)) for size, position in _TRIALS)
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError):  # it is called otherwise
         return False
 
 
 def _same(module: nn.Module, fast: FastAttention, token: "Token") -> bool:
+    """Whether both give the same, and leave the same in their caches."""
     expected, theirs = module(hidden_states=token.x, **token.arguments())[0], token.cache(0)
     found, own = fast(hidden_states=token.x, **token.arguments())[0], token.cache(1)
     return close(found, expected) and close(own.keys, theirs.keys) and close(own.values, theirs.values)
@@ -225,11 +227,6 @@ class Token:
     def cache(self, use: int) -> Any:
         """The cache that went with the `use`-th arguments."""
         return self._caches[use].layers[self._layer]
-
-
-def tokens_to_try(fast: FastAttention) -> list[Token]:
-    """Those that stand for all."""
-    return [Token(fast, size, position) for size, position in _TRIALS]
 
 
 def close(a: Any, b: Any) -> bool:

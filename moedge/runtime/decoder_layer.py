@@ -7,6 +7,7 @@ Whoever watches a part of the layer with a hook gets the layer's own forward. Kn
 
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import addressof, c_float, c_int32
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from moedge.models.anatomy import Anatomy, MoeLayer, decoder_layer
 from moedge.native.library import DecoderCall, DecoderLayer, HeadNorm, Library, Projection
-from moedge.runtime.attention import FastAttention, Token, close, tokens_to_try
+from moedge.runtime.attention import FastAttention, Token, close, holds
 from moedge.runtime.experts import ExpertSource
 from moedge.runtime.growing import GrowingLayer
 from moedge.runtime.kernels import GrowingWorkspace
@@ -138,20 +139,17 @@ def put_fast_layers(model: nn.Module, anatomy: Anatomy, sources: Sequence[Expert
     return count
 
 
-@torch.inference_mode()
 def _agrees(module: nn.Module, fast: FastDecoderLayer) -> bool:
-    """Whether both give the same around the experts, for which a fixed vector stands."""
+    """Whether both give the same around the experts, with one of the two forms that the weights may have."""
     for normalised in (False, True):
         fast.normalise(normalised)
-        try:
-            if all(_same(module, fast, token) for token in tokens_to_try(fast.attention)):
-                return True
-        except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError):  # it is called otherwise
-            return False
+        if holds(partial(_same, module, fast), fast.attention):
+            return True
     return False
 
 
 def _same(module: nn.Module, fast: FastDecoderLayer, token: Token) -> bool:
+    """Whether both give the same, where a fixed vector stands for what the experts give."""
     given: list[Tensor] = []
     experts: Any = fast.experts
     answer = token.some(1, token.x.shape[-1])

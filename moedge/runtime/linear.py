@@ -27,6 +27,16 @@ def plain_matrix(weight: Tensor) -> Matrix:
     return Matrix(0, -1, -1, -1, -1, CODES[weight.dtype], 0, *weight.shape, 0, 0, 1)
 
 
+def _times(matrix: Matrix, memory: Tensor, x: Tensor, library: Library, threads: int) -> Tensor:
+    """x [N, I], contiguous, fp32 or bf16, by the matrix at the start of `memory` -> [N, O] of x's dtype."""
+    count, code = x.shape[0], CODES[x.dtype]
+    out = x.new_empty(count, matrix.rows)
+    workspace = workspace_of(library.linear_workspace(matrix, count))
+    call = Rows(count, code, code, x.data_ptr(), out.data_ptr(), workspace.data_ptr())
+    library.linear(matrix, memory.data_ptr(), call, threads)
+    return out
+
+
 class CodedMatrix:
     """A matrix [O, I] in `format`, and the memory that its parts are to be read into (`parts`)."""
 
@@ -45,12 +55,7 @@ class CodedMatrix:
 
     def times(self, x: Tensor, library: Library, threads: int) -> Tensor:
         """x [N, I], contiguous, fp32 or bf16 -> [N, O] of x's dtype."""
-        count, code = x.shape[0], CODES[x.dtype]
-        out = x.new_empty(count, self.shape[0])
-        workspace = workspace_of(library.linear_workspace(self.described, count))
-        call = Rows(count, code, code, x.data_ptr(), out.data_ptr(), workspace.data_ptr())
-        library.linear(self.described, self.memory.data_ptr(), call, threads)
-        return out
+        return _times(self.described, self.memory, x, library, threads)
 
 
 class _Coded(nn.Module):
@@ -121,10 +126,6 @@ class FastLinear:
         few = 0 < x.numel() <= FEW * weight.shape[1] and x.is_contiguous()
         if not few or torch.is_grad_enabled() or x.dtype != weight.dtype or CODES.get(x.dtype) != self._matrix.code:
             return self._forward(x)
-        out = x.new_empty(*x.shape[:-1], weight.shape[0])
-        count = x.numel() // weight.shape[1]
-        workspace = workspace_of(self._library.linear_workspace(self._matrix, count))
-        code = self._matrix.code
-        call = Rows(count, code, code, x.data_ptr(), out.data_ptr(), workspace.data_ptr())
-        self._library.linear(self._matrix, weight.data_ptr(), call, self._threads)
+        rows = _times(self._matrix, weight, x.view(-1, weight.shape[1]), self._library, self._threads)
+        out = rows.view(*x.shape[:-1], weight.shape[0])
         return out if self._module.bias is None else out.add_(self._module.bias)
