@@ -4,16 +4,20 @@ That is 100 MiB of a process. Only for those of the command line, which are moed
 build without distributed and compiler, until something asks for more of them. A library must not do that to its
 caller's torch, so `moedge.load` does not; a program that wants it calls `lean_imports` before it imports transformers.
 Results do not change: what is left out are imports, and decorators that speak to a compiler that does not run.
+The code that importing torch has run is given back to the system too.
 """
 
+import ctypes
 import importlib
 import importlib.util
 import operator
 import sys
 from importlib.abc import MetaPathFinder
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+_MADV_DONTNEED = 4
 _COMPILER = "torch._dynamo"
 _SYMBOLS = "torch.fx.experimental.symbolic_shapes"
 _CONCRETE: dict[str, Any] = {  # what its questions answer for plain numbers
@@ -34,6 +38,27 @@ def lean_imports() -> None:
         sys.meta_path.insert(0, _BeforeTransformers())
 
 
+def forget_code() -> None:
+    """Give back the memory of machine code that starting has run; what runs again comes back from its file.
+
+    Of torch and its libraries that is some 50 MiB that only importing needs. Linux only; mappings with pages that were
+    written to (a debugger's) are left alone.
+    """
+    smaps = Path("/proc/self/smaps")
+    if not smaps.exists():
+        return
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    begin = end = 0
+    for line in smaps.read_text().splitlines():
+        first, *rest = line.split()
+        if not first.endswith(":"):  # a mapping: addresses, permissions, offset, device, inode, file
+            code = len(rest) == 5 and rest[0] == "r-xp" and rest[4].startswith("/")
+            begin, end = (int(address, 16) for address in first.split("-")) if code else (0, 0)
+        elif first == "Anonymous:" and rest[0] == "0" and end:
+            libc.madvise(begin, end - begin, _MADV_DONTNEED)
+
+
 class _BeforeTransformers(MetaPathFinder):
     """Finds nothing itself: it sees the first import of transformers, prepares torch and leaves."""
 
@@ -46,6 +71,7 @@ class _BeforeTransformers(MetaPathFinder):
 def _prepare() -> None:
     import torch
 
+    forget_code()  # else starting takes more memory than running, and no limit could be less than that
     torch.distributed.is_available = lambda: False
     torch.compiler.disable = _disable
     torch.compiler.allow_in_graph = torch.compiler.assume_constant_result = _unmarked

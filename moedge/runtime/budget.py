@@ -13,10 +13,11 @@ from torch import Tensor
 
 from moedge.errors import ContextError, MemoryLimitError, ModelError
 from moedge.models.expert_map import largest
+from moedge.models.lean import forget_code
 from moedge.models.load import Blueprint
 from moedge.models.packed_experts import PackedExperts
 from moedge.models.shorten import can_shorten, short_bytes
-from moedge.runtime.device import forget_code, process_memory
+from moedge.runtime.device import process_memory
 from moedge.runtime.extents import SCRATCH
 from moedge.runtime.reader import BLOCK
 from moedge.runtime.store import READ_THREADS
@@ -96,8 +97,13 @@ def make_plan(
         capacities = counts
     else:
         left = limit - sum(row.nbytes for row in fixed)
-        if left < spare * stride or limit < started:
+        if left < spare * stride:
             raise _too_little(limit, started, spare * stride, spare, fixed)
+        if limit < started:
+            taken = format_size(started)
+            raise MemoryLimitError(
+                f"starting took {taken}, more than --memory {format_size(limit)}: give at least {taken}"
+            )
         capacities = share_slots(left // stride - spare, counts)
         if capacities != counts and (shorter := _shorter_slots(blueprint, stride)):
             working = min(spare, READ_THREADS + 2)  # one for each thread, one to compute with, one for a guess

@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 
 _MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # glibc's mallopt parameters
-_MADV_DONTNEED = 4
 
 
 def process_memory() -> tuple[int, int]:
@@ -87,24 +86,3 @@ def forget_peak() -> None:
     """Let the process's peak memory be counted from now on. Linux only."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def forget_code() -> None:
-    """Give back the memory of machine code that starting has run; what runs again comes back from its file.
-
-    Of torch and its libraries that is some 50 MiB that only importing needs. Linux only; mappings with pages that were
-    written to (a debugger's) are left alone.
-    """
-    smaps = Path("/proc/self/smaps")
-    if not smaps.exists():
-        return
-    libc = ctypes.CDLL(None)
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    begin = end = 0
-    for line in smaps.read_text().splitlines():
-        first, *rest = line.split()
-        if not first.endswith(":"):  # a mapping: addresses, permissions, offset, device, inode, file
-            code = len(rest) == 5 and rest[0] == "r-xp" and rest[4].startswith("/")
-            begin, end = (int(address, 16) for address in first.split("-")) if code else (0, 0)
-        elif first == "Anonymous:" and rest[0] == "0" and end:
-            libc.madvise(begin, end - begin, _MADV_DONTNEED)

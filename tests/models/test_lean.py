@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from moedge.models.lean import lean_imports
 
 HEAVY = ("sympy.core", "scipy.sparse", "torch.distributed.tensor", "torch._inductor", "torch.onnx")
@@ -64,3 +66,17 @@ def test_it_leaves_a_process_alone_that_has_transformers() -> None:
     before = list(sys.meta_path)
     lean_imports()
     assert sys.meta_path == before
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_forgotten_code_is_no_memory_and_still_runs() -> None:
+    program = """if True:
+        import re, torch
+        from moedge.models.lean import forget_code
+        def code(): return int(re.search(r"RssFile:\\s+(\\d+)", open("/proc/self/status").read())[1])
+        before, expected = code(), torch.ones(9) @ torch.ones(9)
+        forget_code()
+        print(before - code() > 20_000, bool(torch.ones(9) @ torch.ones(9) == expected))
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
