@@ -86,7 +86,7 @@ static float norm_scale(const float *x, int count, float epsilon) {
 static void make_ready(const attention_job *job, const moedge_head_norm *norm, float whole, const float *row, int h,
                        float *out) {
     const moedge_attention *a = job->attention;
-    int size = a->head_size, half = a->rotated / 2;
+    int size = a->head_size, half = a->rotated / 2, other = a->angles == a->rotated ? half : 0; /* half's first angle */
     row += (int64_t)h * size;
     float scale = norm->columns == size ? norm_scale(row, size, norm->epsilon) : whole;
     int64_t first = norm->columns == size ? 0 : (int64_t)h * size; /* of the norm's weights */
@@ -98,7 +98,7 @@ static void make_ready(const attention_job *job, const moedge_head_norm *norm, f
         float low = out[i], high = out[i + half];
         const void *cos = job->call->cos, *sin = job->call->sin;
         out[i] = low * load_number(cos, a->code, i) - high * load_number(sin, a->code, i);
-        out[i + half] = high * load_number(cos, a->code, i + half) + low * load_number(sin, a->code, i + half);
+        out[i + half] = high * load_number(cos, a->code, i + other) + low * load_number(sin, a->code, i + other);
     }
 }
 
@@ -106,13 +106,18 @@ static float whole_scale(const moedge_head_norm *norm, int size, const float *ro
     return norm->columns > size ? norm_scale(row, norm->columns, norm->epsilon) : 1.0f;
 }
 
-static void softmax(float *scores, int count, float scale) {
-    float top = scores[0], sum = 0;
-    for (int t = 1; t < count; t++) top = scores[t] > top ? scores[t] : top;
+/* Of scale * scores, and of `sink`, which is -INFINITY where there is none. */
+static void softmax(float *scores, int count, float scale, float sink) {
+    float top = sink, sum = 0;
     for (int t = 0; t < count; t++) {
-        scores[t] = expf((scores[t] - top) * scale);
+        scores[t] *= scale;
+        top = scores[t] > top ? scores[t] : top;
+    }
+    for (int t = 0; t < count; t++) {
+        scores[t] = expf(scores[t] - top);
         sum += scores[t];
     }
+    sum += expf(sink - top);
     for (int t = 0; t < count; t++) scores[t] /= sum;
 }
 
@@ -133,7 +138,7 @@ static void attend_head(const attention_job *job, int head, float q_scale, float
         float *query = job->ready + (int64_t)h * size;
         make_ready(job, &a->q_norm, q_scale, job->q, h, query);
         job->variant->scores(a->code, query, keys, size, call->past + 1, scores);
-        softmax(scores, call->past + 1, a->scale);
+        softmax(scores, call->past + 1, a->scale, a->sinks ? load_number(a->sinks, a->code, h) : -INFINITY);
         job->variant->weighted(a->code, scores, values, size, call->past + 1, job->mixed + (int64_t)h * size);
     }
 }

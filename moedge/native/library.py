@@ -87,7 +87,8 @@ class Attention(Structure):
     _fields_ = (
         *((name, Projection) for name in ("q", "k", "v", "o")),
         *((name, HeadNorm) for name in ("q_norm", "k_norm")),
-        *((name, c_int32) for name in ("heads", "kv_heads", "head_size", "rotated", "code")),
+        ("sinks", c_void_p),
+        *((name, c_int32) for name in ("heads", "kv_heads", "head_size", "rotated", "angles", "code")),
         ("scale", c_float),
     )
 

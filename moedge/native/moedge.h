@@ -82,12 +82,15 @@ typedef struct {
 } moedge_head_norm;
 
 /* Attention as Llama and its kin have it: o(softmax(scale * q(x) K) V), q and k normed, then their first `rotated`
-   numbers of a head rotated by halves; heads / kv_heads queries share a head of keys. Everything but the matrices is
-   of the dtype `code`, fp32 or bf16. q, k and v are stored in one format. */
+   numbers of a head rotated by halves; heads / kv_heads queries share a head of keys. Where a head has a sink, that is
+   one more score of its softmax, without a value (gpt-oss). Everything but the matrices is of the dtype `code`, fp32 or
+   bf16. q, k and v are stored in one format. */
 typedef struct {
     moedge_projection q, k, v, o;
     moedge_head_norm q_norm, k_norm;
+    const void *sinks;                           /* [heads], or NULL */
     int32_t heads, kv_heads, head_size, rotated; /* head_size: a multiple of 8 */
+    int32_t angles;                              /* cosines and sines: `rotated`, or half as many for both halves */
     int32_t code;
     float scale;
 } moedge_attention;
@@ -95,7 +98,7 @@ typedef struct {
 /* One more token. Head h of the keys begins at h * head_stride numbers, its token t at t * head_size from there; so do
    values. The token's own are written behind those of `past` tokens. */
 typedef struct {
-    const void *x, *cos, *sin; /* [hidden], [rotated], [rotated] */
+    const void *x, *cos, *sin; /* [hidden], [angles], [angles] */
     void *keys, *values;
     int64_t head_stride;
     int32_t past;

@@ -15,13 +15,13 @@ from transformers.cache_utils import DynamicCache
 
 from moedge.native.library import Attention, AttentionCall, HeadNorm, Library, Matrix, Projection
 from moedge.native.threads import Speeds, best
-from moedge.runtime.growing import GrowingLayer, let_grow
+from moedge.runtime.growing import Growing, let_grow
 from moedge.runtime.kernels import GrowingWorkspace
 from moedge.runtime.linear import CODES, CodedLinear, plain_matrix
 from moedge.runtime.norm import FastNorm
 
 Forward = Callable[..., Any]
-_PROJECTIONS, _NORMS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("q_norm", "k_norm")
+_PROJECTIONS, _NORMS, _SINKS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("q_norm", "k_norm"), "sinks"
 _TRIED = 5  # tokens in the cache with which a module is tried
 _TRIALS = ((1.0, _TRIED), (30.0, 10**6))  # size and position of the tokens: the second may pass a limit that it has
 
@@ -29,15 +29,16 @@ _TRIALS = ((1.0, _TRIED), (30.0, 10**6))  # size and position of the tokens: the
 class FastAttention:
     """The forward of an attention module for one more token; everything else goes to the module's own.
 
-    Raises ValueError where the module's parts are not those of such an attention.
+    `halved`: cosines and sines come once for both halves of a head. Raises ValueError where the module's parts are not
+    those of such an attention.
     """
 
-    def __init__(self, module: nn.Module, library: Library, speeds: Speeds) -> None:
+    def __init__(self, module: nn.Module, library: Library, speeds: Speeds, halved: bool = False) -> None:
         children = dict(module.named_children())
         projections = [children.pop(name, None) for name in _PROJECTIONS]
         norms = [children.pop(name, None) for name in _NORMS]
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if children or own or not all(type(p) in (CodedLinear, nn.Linear) for p in projections):
+        own = {name for name, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]}
+        if children or own - {_SINKS} or not all(type(p) in (CodedLinear, nn.Linear) for p in projections):
             raise ValueError("its parts are not four matrices and two norms")
         if not all(norm is None or isinstance(norm, FastNorm) for norm in norms):
             raise ValueError("its norms are not root mean squares")
@@ -47,6 +48,7 @@ class FastAttention:
         self._norms: list[FastNorm | None] = norms  # type: ignore[assignment]
         self._layer = int(module.layer_idx)  # type: ignore[arg-type]
         self._shape()
+        self.angles = self.rotated // 2 if halved else self.rotated
         self._describe()
         self.threads = best(speeds, sum(_nbytes(p) for p in self._projections))
         self._workspace = GrowingWorkspace(lambda t: library.attention_workspace(self.described, t, self.threads))
@@ -77,6 +79,11 @@ class FastAttention:
         self._tensors: list[Tensor] = [p.bias for p in self._projections if p.bias is not None]
         self._tensors += [p.weight for p in self._projections if isinstance(p, nn.Linear)]
         self._tensors += [norm.weight for norm in self._norms if norm is not None]
+        sinks = self._module._parameters.get(_SINKS)
+        if sinks is not None:
+            self._tensors.append(sinks)
+            if sinks.shape != self._heads[:1]:
+                raise ValueError(f"its sinks are {tuple(sinks.shape)}, not one of each head")
         q, *others = [_projection(p) for p in self._projections]
         self.dtype = self._dtype()
         if {tensor.dtype for tensor in self._tensors} - {self.dtype} or self.dtype not in CODES:
@@ -88,7 +95,8 @@ class FastAttention:
         self.described = Attention(
             *(q, *others),
             *(_head_norm(norm, size) for norm in self._norms),
-            *(heads, kv_heads, size, self.rotated, CODES[self.dtype], scale),
+            None if sinks is None else sinks.data_ptr(),
+            *(heads, kv_heads, size, self.rotated, self.angles, CODES[self.dtype], scale),
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -103,27 +111,29 @@ class FastAttention:
         self._library.attend(self.described, call, self.threads)
         return out, None
 
-    def cache(self, x: Any, kwargs: dict[str, Any]) -> GrowingLayer | None:
+    def cache(self, x: Any, kwargs: dict[str, Any]) -> Growing | None:
         """The cache to which the token `x` is to be appended, if that is all there is to do."""
         rotation, cache = kwargs.get("position_embeddings"), kwargs.get("past_key_values")
-        if torch.is_grad_enabled() or kwargs.get("attention_mask") is not None or not isinstance(cache, DynamicCache):
+        if torch.is_grad_enabled() or not isinstance(cache, DynamicCache) or _masks(kwargs.get("attention_mask")):
             return None
         if not isinstance(x, Tensor) or x.shape[:-1] != (1, 1) or x.dtype != self.dtype or not x.is_contiguous():
             return None
         if len(cache.layers) <= self._layer or not isinstance(rotation, tuple):
             return None
         for part in rotation:
-            if part.dtype != x.dtype or part.numel() != self.rotated or not part.is_contiguous():
+            if part.dtype != x.dtype or part.numel() != self.angles or not part.is_contiguous():
                 return None
         layer, parts = cache.layers[self._layer], self._module._modules
         if [parts[name] for name in _PROJECTIONS] != self._projections:  # PEFT put its own around one
             return None
-        if type(layer) is not GrowingLayer or layer.keys is None or len(layer.keys) != 1 or layer.dtype != x.dtype:
+        if not isinstance(layer, Growing) or layer.keys is None or len(layer.keys) != 1:
+            return None
+        if layer.dtype != x.dtype or getattr(layer, "record_past", False):
             return None
         return layer
 
-    def call(self, cache: GrowingLayer, x: Tensor, rotation: tuple[Tensor, Tensor], out: Tensor) -> AttentionCall:
-        """Make room for one token, x [1, 1, H] with cosines and sines [1, 1, rotated]; what C is to do, but for its
+    def call(self, cache: Growing, x: Tensor, rotation: tuple[Tensor, Tensor], out: Tensor) -> AttentionCall:
+        """Make room for one token, x [1, 1, H] with cosines and sines [1, 1, angles]; what C is to do, but for its
         workspace."""
         if self._places != [tensor.data_ptr() for tensor in self._tensors]:  # the model was moved
             self._describe()
@@ -134,6 +144,11 @@ class FastAttention:
             *(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr()),
             *(keys.stride(1), keys.shape[2] - 1, out.data_ptr()),
         )
+
+
+def _masks(mask: Any) -> bool:
+    """Whether it hides anything of what is in the cache."""
+    return mask is not None and not (isinstance(mask, Tensor) and mask.is_floating_point() and not mask.any())
 
 
 def _rotated_part(module: nn.Module) -> float:
@@ -172,13 +187,15 @@ def put_fast_attention(model: nn.Module, library: Library, speeds: Speeds) -> in
     for module in model.modules():
         if not set(_PROJECTIONS) <= module._modules.keys():
             continue
-        try:
-            fast = FastAttention(module, library, speeds)
-        except (ValueError, AttributeError, TypeError):  # another kind of attention
-            continue
-        if holds(partial(_same, module, fast), fast):
-            module.forward = fast
-            count += 1
+        for halved in (False, True):
+            try:
+                fast = FastAttention(module, library, speeds, halved)
+            except (ValueError, AttributeError, TypeError):  # another kind of attention
+                break
+            if holds(partial(_same, module, fast), fast):
+                module.forward = fast
+                count += 1
+                break
     return count
 
 
@@ -208,7 +225,7 @@ class Token:
         self._random, self._dtype, self._layer = torch.Generator().manual_seed(0), fast.dtype, fast._layer
         _, kv_heads, head_size = fast._heads
         self.x = size * self.some(1, 1, fast._projections[0].in_features)
-        self._rotation = self.some(1, 1, fast.rotated), self.some(1, 1, fast.rotated)
+        self._rotation = self.some(1, 1, fast.angles), self.some(1, 1, fast.angles)
         self._held = self.some(1, kv_heads, _TRIED, head_size), self.some(1, kv_heads, _TRIED, head_size)
         self._position = position
         self._caches: list[DynamicCache] = []

@@ -19,6 +19,7 @@ from moedge.models.packed_experts import PackedExperts
 from moedge.models.shorten import can_shorten, short_bytes
 from moedge.runtime.device import process_memory
 from moedge.runtime.extents import SCRATCH
+from moedge.runtime.growing import bytes_beyond_windows
 from moedge.runtime.reader import BLOCK
 from moedge.runtime.store import READ_THREADS
 from moedge.units import format_size, whole_pages
@@ -241,7 +242,8 @@ def context_bytes(blueprint: Blueprint, tokens: int) -> int:
     sizes = [tensor.numel() * tensor.element_size() for tensor in _tensors(cache)]
     if not sizes:
         raise ModelError(f"{type(model).__name__} keeps no cache of its context, so no limit can be planned for it")
-    return sum(sizes) + 2 * max(sizes)  # a cache that grows holds the old and the new tensor of one layer at once
+    # a cache that grows holds the old and the new tensor of one layer at once
+    return sum(sizes) + bytes_beyond_windows(cache) + 2 * max(sizes)
 
 
 def _tensors(value: Any, seen: set[int] | None = None) -> list[Tensor]:

@@ -17,7 +17,7 @@ from moedge.models.anatomy import Anatomy, MoeLayer, decoder_layer
 from moedge.native.library import DecoderCall, DecoderLayer, HeadNorm, Library, Projection
 from moedge.runtime.attention import FastAttention, Token, close, holds
 from moedge.runtime.experts import ExpertSource
-from moedge.runtime.growing import GrowingLayer
+from moedge.runtime.growing import Growing
 from moedge.runtime.kernels import GrowingWorkspace
 from moedge.runtime.linear import plain_matrix
 from moedge.runtime.norm import FastNorm
@@ -99,7 +99,7 @@ class FastDecoderLayer:
         hooks = [part._forward_hooks or part._forward_pre_hooks for part in self._watched]
         return any(hooks) or self._source.observer is not None
 
-    def route(self, cache: GrowingLayer, x: Tensor, rotation: tuple[Tensor, Tensor]) -> _Routed:
+    def route(self, cache: Growing, x: Tensor, rotation: tuple[Tensor, Tensor]) -> _Routed:
         """Append a token x [1, 1, H] to the cache, and choose its experts."""
         hidden, normed = torch.empty_like(x), x.new_empty(1, x.shape[-1], dtype=torch.float32)
         attention = self.attention.call(cache, x, rotation, hidden)

@@ -10,7 +10,7 @@ typedef struct {
     moedge_decoder_layer layer;
     moedge_decoder_call call;
     int hidden, room, past;
-    void *x, *cos, *sin, *keys, *values, *out;
+    void *x, *cos, *sin, *keys, *values, *sinks, *out;
 } decoder;
 
 static void *random_numbers(int count, int code, float size) {
@@ -46,6 +46,8 @@ static decoder random_decoder(int code, int dtype) {
     moedge_attention *a = &d.layer.attention;
     *a = (moedge_attention){.heads = heads, .kv_heads = kv_heads, .head_size = size, .rotated = 2 * below(size / 2 + 1),
                             .code = dtype, .scale = 0.3f / (float)size};
+    a->angles = below(2) ? a->rotated : a->rotated / 2;
+    if (below(2)) a->sinks = d.sinks = random_numbers(heads, dtype, 2);
     a->q = random_projection(&d.extents[0], code, heads * size, d.hidden, dtype, -1);
     int zeros = a->q.matrix.zeros >= 0; /* queries, keys and values are stored in one format */
     a->k = random_projection(&d.extents[1], code, kv_heads * size, d.hidden, dtype, zeros);
@@ -74,7 +76,7 @@ static void forget(decoder *d) {
     moedge_head_norm *norms[] = {&d->layer.attention.q_norm, &d->layer.attention.k_norm, &d->layer.before, &d->layer.after};
     for (int i = 0; i < 5; i++) free(d->extents[i].bytes), free((void *)projections[i]->bias);
     for (int i = 0; i < 4; i++) free((void *)norms[i]->weight);
-    free(d->x), free(d->cos), free(d->sin), free(d->keys), free(d->values), free(d->out);
+    free(d->x), free(d->cos), free(d->sin), free(d->keys), free(d->values), free(d->sinks), free(d->out);
     free(d->call.normed), free(d->call.experts), free(d->call.weights);
 }
 
@@ -99,11 +101,12 @@ static void apply_norm(const moedge_head_norm *norm, double *x, int count, int d
 
 static void rotate(const decoder *d, double *x, int count) {
     int size = d->layer.attention.head_size, half = d->layer.attention.rotated / 2, dtype = d->layer.attention.code;
+    int other = half ? half % d->layer.attention.angles : 0;
     for (int start = 0; start < count; start += size)
         for (int i = 0; i < half; i++) {
             double low = x[start + i], high = x[start + i + half];
             x[start + i] = low * number(d->cos, dtype, i) - high * number(d->sin, dtype, i);
-            x[start + i + half] = high * number(d->cos, dtype, i + half) + low * number(d->sin, dtype, i + half);
+            x[start + i + half] = high * number(d->cos, dtype, i + other) + low * number(d->sin, dtype, i + other);
         }
 }
 
@@ -140,7 +143,7 @@ static double *attended(int v, const decoder *d, const double *x) {
     }
     for (int h = 0; h < a->heads; h++) {
         int first = h / (a->heads / a->kv_heads) * d->room * size;
-        double sum = 0;
+        double sum = a->sinks ? exp(number(a->sinks, a->code, h)) : 0;
         for (int t = 0; t <= d->past; t++) {
             double score = 0;
             for (int i = 0; i < size; i++) score += q[h * size + i] * number(d->keys, a->code, first + t * size + i);

@@ -15,6 +15,7 @@ from moedge.models.load import Blueprint, draw
 from moedge.runtime import budget
 from moedge.runtime.budget import Plan, activation_bytes, context_bytes, make_plan, share_slots
 from moedge.runtime.device import process_memory
+from moedge.runtime.growing import LEAST
 from moedge.runtime.lm import load
 from moedge.units import parse_size
 
@@ -93,6 +94,16 @@ def test_context_bytes_are_those_of_the_real_cache(blueprint: Blueprint) -> None
     keys_and_values = [t for layer in cache.layers for t in (layer.keys, layer.values)]
     real = sum(t.numel() * t.element_size() for t in keys_and_values)
     assert context_bytes(blueprint, 40) == real + 2 * keys_and_values[0].numel() * keys_and_values[0].element_size()
+
+
+def test_windows_that_are_full_take_room_to_move_in(tiny: Callable[..., Path]) -> None:
+    window = draw(tiny("gpt_oss", sliding_window=8))
+    short, whole = context_bytes(window, 7), context_bytes(window, 40)
+    window.checkpoint.close()
+    config = window.config
+    token = 2 * 4 * config.num_key_value_heads * config.head_dim  # keys and values in fp32
+    layers = config.num_hidden_layers // 2
+    assert whole - short == layers * (33 + LEAST) * token + 33 * token  # and the largest layer once more
 
 
 def test_backbone_bytes_are_what_loading_materialises(tiny: Callable[..., Path]) -> None:

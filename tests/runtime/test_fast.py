@@ -33,7 +33,7 @@ LIBRARY = native.load()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the C kernels were not built here")
 Tiny = Callable[..., Path]
 IDS = [5, 9, 3, 7, 2, 8, 11, 4]
-WHOLE_LAYERS = {"qwen3_moe", "olmoe", "mixtral", "granitemoe", "mellum"}
+WHOLE_LAYERS = {"qwen3_moe", "olmoe", "mixtral", "granitemoe", "mellum", "gpt_oss"}
 ATTENTION = WHOLE_LAYERS | {
     "qwen2_moe",
     "phimoe",
@@ -115,6 +115,28 @@ def test_stored_otherwise(
         assert len(calls) == lm.anatomy.num_layers * (len(IDS) - 3)
         take_off(lm.model)
         assert difference(found, decoded(lm)) < (0.03 if dtype == "fp32" else 0.1)  # 4 bits round their inputs
+
+
+@pytest.mark.parametrize("tokens", [5, 8, 300])
+def test_sinks_and_windows(tokens: int, packed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """gpt-oss: every other layer sees the last few tokens only, and a mask of zeros comes with each token."""
+    ids = torch.randint(3, 60, (tokens + 3,), generator=torch.Generator().manual_seed(0)).tolist()
+    with load(packed("gpt_oss", sliding_window=5), dtype="fp32") as lm:
+        with counted(monkeypatch, "attend_and_route") as calls:
+            found = decoded(lm, ids)
+        assert len(calls) == lm.anatomy.num_layers * tokens
+        take_off(lm.model)
+        assert difference(found, decoded(lm, ids)) < 1e-3
+
+
+def test_a_mask_that_hides_something_is_heeded(packed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with load(packed("gpt_oss"), dtype="fp32") as lm, torch.inference_mode():
+        cache = lm.model(torch.tensor([IDS[:4]])).past_key_values
+        let_grow(cache)
+        padding = torch.tensor([[0, 1, 1, 1, 1]])
+        with counted(monkeypatch, "attend_and_route") as calls:
+            lm.model(torch.tensor([IDS[4:5]]), past_key_values=cache, attention_mask=padding)
+        assert not calls
 
 
 def test_a_limit_changes_no_bit(packed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
