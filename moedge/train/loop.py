@@ -14,18 +14,19 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from moedge.errors import CheckpointError, DataError
 from moedge.terminal import console
 from moedge.train.data import Mixture, stack
-from moedge.train.loss import Losses
+from moedge.train.loss import Losses, RouterLoss
 from moedge.train.muon import Muon
 from moedge.train.replicas import Replicas
 
@@ -35,10 +36,7 @@ Curriculum = Callable[[int, float], tuple[Mapping[str, float], int]]
 
 @dataclass(frozen=True)
 class Settings:
-    """`tokens` is the plan; with a `deadline` (seconds since the epoch) the end comes as early as it must.
-
-    `balance` and `focus` weigh the routers' losses, see loss.combine.
-    """
+    """`tokens` is the plan; with a `deadline` (seconds since the epoch) the end comes as early as it must."""
 
     tokens: int
     batch_tokens: int = 8192
@@ -46,8 +44,7 @@ class Settings:
     adam_lr: float = 2e-3
     warmup_tokens: int = 200_000
     decay: float = 0.3
-    balance: float = 0.01
-    focus: float = 0.0
+    router: RouterLoss = field(default_factory=RouterLoss)
     clip: float = 1.0
     checkpoint_seconds: float = 300.0
     deadline: float | None = None
@@ -63,10 +60,14 @@ class Settings:
 
 @dataclass
 class Progressed:
-    """Where a run stands. `finished` is False after an interrupt."""
+    """Where a run stands. `used` is how experts were in late steps, see loss.usage.
+
+    `finished` is False after an interrupt.
+    """
 
     step: int = 0
     tokens: int = 0
+    used: Tensor | None = None  # [2, L, E]
     finished: bool = False
 
 
@@ -158,7 +159,8 @@ def _step(
     scale, decay = rates
     shares, length = curriculum(at.step, decay)
     picked = [mixture.next(shares, length) for _ in range(max(1, settings.batch_tokens // length))]
-    result, means = replicas.gradients(stack([row for _, row in picked]), settings.balance, settings.focus)
+    rows = stack([row for _, row in picked])
+    result, means = replicas.gradients(rows, settings.router, at.used)
     if not math.isfinite(result.text):
         raise DataError(f"the loss of step {at.step} is {result.text}: lower the learning rate and continue")
     for optimiser in optims:
@@ -171,6 +173,7 @@ def _step(
     for optimiser in optims:
         optimiser.zero_grad(set_to_none=True)
     at.step += 1
+    at.used = result.used
     at.tokens += len(picked) * length
     log.add(at, result, list(zip((name for name, _ in picked), means, strict=True)), len(picked) * length, scale)
 
@@ -230,7 +233,7 @@ def save(
         "model": model.state_dict(),
         "optimisers": _moments(model, optims),
         "mixture": mixture.state(),
-        "progress": {"step": at.step, "tokens": at.tokens},
+        "progress": {"step": at.step, "tokens": at.tokens, "used": at.used},
         "torch_rng": torch.get_rng_state(),
     }
     with (part / "training.pt").open("wb") as file:

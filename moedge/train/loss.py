@@ -16,6 +16,24 @@ from torch.nn import functional
 
 from moedge.train.data import PAD_SEGMENT, Row
 
+LIFT = 16.0  # the most that being chosen rarely counts: a sixteenth of the even load
+LEAST = 1e-6  # mean probability below which the floor lifts an expert no more
+
+
+@dataclass(frozen=True)
+class RouterLoss:
+    """Weights of what a layer's router adds to the loss.
+
+    `balance` of the experts' load, see balance_terms; without it there is no router to train. `focus` of the entropy
+    within each row, see row_entropy. `floor` of experts that are hardly used, see floor_terms. Usage is a mean over
+    about `steps` steps: with more than one, an expert of a rare domain is not unused in a step that lacks it.
+    """
+
+    balance: float = 0.01
+    focus: float = 0.0
+    floor: float = 0.0
+    steps: int = 1
+
 
 @dataclass(frozen=True)
 class Part:
@@ -36,8 +54,9 @@ class Losses:
     parts: list[Tensor]
     text: float
     balance: float  # mean over layers, 1 when balanced
-    focus: float  # mean over layers and rows, 1 when every row uses all experts alike
-    load: Tensor  # [L, E] share of the choices
+    focus: float  # mean over layers and rows of row_entropy, 1 when every row uses all experts alike
+    load: Tensor  # [L, E] share of the step's choices
+    used: Tensor  # [2, L, E] usage over many steps, to be given to the next
 
 
 def router_sums(router_logits: Tensor, top_k: int, real: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,28 +68,50 @@ def router_sums(router_logits: Tensor, top_k: int, real: Tensor) -> tuple[Tensor
 
 
 def row_entropy(router_logits: Tensor, real: Tensor) -> Tensor:
-    """One layer's router_logits [N, E] of rows real [B, T] bool: entropies of the rows' mean probabilities, summed.
+    """One layer's router_logits [N, E] of rows real [B, T] bool: the fourth powers of the rows' entropies, summed.
 
-    In units of log E, so that each is 0 (one expert) to 1 (all alike). A row is of one domain: with the load balanced
-    over the step, small entropies mean that domains use different experts (their mutual information is large).
+    The entropy of a row's mean probabilities is in units of log E, 0 (one expert) to 1 (all alike); its fourth power
+    matters most to rows and layers that are spread out. A row is of one domain: with the load balanced over the step,
+    small entropies mean that domains use different experts (their mutual information is large).
     """
     probs = router_logits.float().softmax(-1).view(*real.shape, -1) * real[..., None]  # [B, T, E]
     means = probs.sum(1) / real.sum(1, keepdim=True).clamp(min=1)  # [B, E]
-    entropies: Tensor = torch.special.entr(means)
-    return entropies.sum() / math.log(means.shape[-1])
+    entropies = torch.special.entr(means).sum(-1) / math.log(means.shape[-1])
+    total: Tensor = entropies.pow(4).sum()
+    return total
 
 
-def balance_terms(parts: Sequence[Part]) -> tuple[list[Tensor], Tensor]:
-    """Each part's term of sum_layers(E * sum_e(f_e * P_e)), and f [L, E].
+def usage(parts: Sequence[Part]) -> Tensor:
+    """Each expert's share of the step's choices, f, and its mean router probability, P: [2, L, E]."""
+    sums = torch.stack([torch.stack([part.counts, part.probs.detach()]) for part in parts]).sum(0)
+    return sums / sums.sum(-1, keepdim=True)
 
-    f is the share of choices and P the mean probability, both over all parts, so balance holds for the whole step and
-    not for each sequence. One layer gives 1 when balanced and E when one expert takes all. Source: Switch
-    Transformers, eq. 4 to 6; over the global batch as in Qiu et al. 2025 (Demons in the Detail).
+
+def balance_terms(parts: Sequence[Part], used: Tensor) -> list[Tensor]:
+    """Each part's term of sum_layers(E * sum_e(f_e * P_e)); f is of `used` [2, L, E], P the step's.
+
+    P is the mean probability over all parts, so balance holds for the whole step and not for each sequence. One layer
+    gives 1 when balanced and E when one expert takes all. Source: Switch Transformers, eq. 4 to 6; over the global
+    batch as in Qiu et al. 2025 (Demons in the Detail).
     """
-    counts = torch.stack([part.counts for part in parts]).sum(0)
-    load = counts / counts.sum(-1, keepdim=True)
-    tokens = torch.stack([part.probs.detach() for part in parts]).sum((0, 2))  # [L]: probabilities sum to 1 a token
-    return [load.shape[-1] * (load * part.probs / tokens[:, None]).sum() for part in parts], load
+    return [used.shape[-1] * (used[0] * part.probs / _tokens(parts)).sum() for part in parts]
+
+
+def floor_terms(parts: Sequence[Part], used: Tensor) -> list[Tensor]:
+    """Each part's term of -sum_layers(mean_e(w_e log P_e)), w = min(1 / (E f), LIFT), to first order about f and P of
+    `used` [2, L, E].
+
+    An expert may be used less than others, but none dies: the balance's gradient vanishes with an expert's
+    probability, the logarithm's does not, and the less it is chosen the more it is lifted.
+    """
+    load, probs = used
+    lift = (1 / (load.shape[-1] * load)).clamp(max=LIFT) / probs.clamp(min=LEAST)
+    return [-(lift * part.probs / _tokens(parts)).mean(-1).sum() for part in parts]
+
+
+def _tokens(parts: Sequence[Part]) -> Tensor:
+    """Real tokens of the step [L, 1]: probabilities sum to 1 a token."""
+    return torch.stack([part.probs.detach() for part in parts]).sum((0, 2))[:, None]
 
 
 def attention_inputs(segments: np.ndarray[Any, Any]) -> dict[str, Tensor]:
@@ -107,19 +148,19 @@ def forward(model: Any, batch: Row, routed: bool) -> Part:
     return Part(each.sum(), float(weights.sum()), (sums / weights.sum(1)).tolist(), probs, counts, entropy)
 
 
-def combine(parts: Sequence[Part], balance: float, focus: float = 0.0) -> Losses:
-    """The step's loss from the forward passes of its rows.
-
-    Weights of a layer's losses: `balance` of the experts' load over the step, `focus` of the entropy within each row.
-    """
+def combine(parts: Sequence[Part], router: RouterLoss, used: Tensor | None = None) -> Losses:
+    """The step's loss from the forward passes of its rows; `used` [2, L, E] is the mean usage in the steps before."""
     weight = sum(part.weight for part in parts)
     totals = [part.nll / weight for part in parts]
     text = sum(float(total.detach()) for total in totals)
-    if not balance:
-        return Losses(totals, text, 0.0, 0.0, torch.empty(0))
-    terms, load = balance_terms(parts)
-    rows = sum(len(part.rows) for part in parts)
-    entropies = [part.entropy / max(1, rows) for part in parts]  # sums over layers
-    totals = [t + balance * b + focus * e for t, b, e in zip(totals, terms, entropies, strict=True)]
-    balanced, focused = (sum(float(term.detach()) for term in each) / len(load) for each in (terms, entropies))
-    return Losses(totals, text, balanced, focused, load)
+    if not router.balance:
+        return Losses(totals, text, 0.0, 0.0, torch.empty(0), torch.empty(0))
+    now = usage(parts)
+    used = now if used is None else used.lerp(now, 1 / router.steps)
+    rows = max(1, sum(len(part.rows) for part in parts))
+    entropies = [part.entropy / rows for part in parts]  # sums over layers
+    balances, floors = balance_terms(parts, used), floor_terms(parts, used)
+    terms = zip(totals, balances, entropies, floors, strict=True)
+    totals = [t + router.balance * b + router.focus * e + router.floor * f for t, b, e, f in terms]
+    balanced, focused = (sum(float(term.detach()) for term in each) / now.shape[1] for each in (balances, entropies))
+    return Losses(totals, text, balanced, focused, now[0], used)

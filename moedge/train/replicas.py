@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from moedge.train.data import Row
-from moedge.train.loss import Losses, combine, forward
+from moedge.train.loss import Losses, RouterLoss, combine, forward
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -34,12 +35,15 @@ class Replicas:
             return [work(item) for item in items]
         return list(self._threads.map(work, items))
 
-    def gradients(self, rows: Row, balance: float, focus: float = 0.0) -> tuple[Losses, list[float]]:
-        """Forward and backward of rows [B, T]; the gradients' sum lands in `model`. Also the mean loss of each row."""
+    def gradients(self, rows: Row, router: RouterLoss, used: Tensor | None = None) -> tuple[Losses, list[float]]:
+        """Forward and backward of rows [B, T]; the gradients' sum lands in `model`. Also the mean loss of each row.
+
+        `used` is the experts' mean usage in the steps before.
+        """
         pieces = [_slice(rows, index, len(self.models)) for index in range(len(self.models))]
         work = [(model, piece) for model, piece in zip(self.models, pieces, strict=True) if len(piece.ids)]
-        parts = self.map(lambda item: forward(item[0], item[1], balance > 0), work)
-        result = combine(parts, balance, focus)
+        parts = self.map(lambda item: forward(item[0], item[1], router.balance > 0), work)
+        result = combine(parts, router, used)
         self.map(lambda loss: torch.autograd.backward([loss]), result.parts)
         for other in self.models[1:]:
             for mine, theirs in zip(self.models[0].parameters(), other.parameters(), strict=True):

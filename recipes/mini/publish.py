@@ -1,4 +1,4 @@
-"""Puts the newest checkpoint of a run into checkpoints/mini, and its evaluation into the model card.
+"""Puts the end of a run into checkpoints/mini, and its evaluation into the model card.
 
 `python -m recipes.mini.publish model` writes the weights in bf16, `python -m recipes.mini.publish card` the card from
 evaluation.json. Knows no data: recipes.mini.evaluate measures.
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moedge.errors import CheckpointError
 from moedge.train.loop import checkpoints
-from recipes.mini.run import LONG_ROW
+from recipes.mini.run import LEARN_FOLDER, LONG_ROW, SPECIALISE, SPECIALISE_FOLDER
 
 SPECIALISED = 0.8  # of the router mass on the best half of the experts
 LIMIT = 40 * 2**20  # bytes that the folder of weights may take
@@ -67,11 +67,19 @@ subject of a MedMCQA question.
 
 
 TRAINING = """\
-{tokens:,} tokens in {steps:,} steps on two CPU cores in fp32, saved in bf16; Muon for the matrices, AdamW for the
-rest; balance of experts over the global batch of 8,192 tokens, weight 0.01 a layer. Rows of 512 tokens; in the last 22%
-of the run every sixth step has rows of {long:,}: it has seen long texts, but not many. The shares were corrected during
-this run: arithmetic from 8 to 18% after 4.6 M tokens, with most of its weight on the last digit after 8.3 M; naming
-languages from 3 to 6% after 6.3 M. `make mini` (recipes/mini) has the later shares from the start.
+Two runs, one after the other, on two CPU cores in fp32, saved in bf16; Muon for the matrices, AdamW for the rest.
+
+1. To learn: {tokens:,} tokens in {steps:,} steps; balance of experts over the global batch of 8,192 tokens, weight 0.01
+   a layer. The shares were corrected on the way: arithmetic from 8 to 18% after 4.6 M tokens, with most of its weight
+   on the last digit after 8.3 M; naming languages from 3 to 6% after 6.3 M.
+2. To specialise: {specialised_tokens:,} tokens in {specialised_steps:,} steps, domains and tasks more alike. Every row
+   is to keep to few experts (weight {focus} of the fourth power of their entropy, relative to the largest), while the
+   balance over the last {usage_steps} steps has weight {balance} and experts that are hardly used are lifted (weight
+   {floor}). These were corrected on the way too: for 1.2 M tokens it was the entropy itself, and lifting looked at
+   probabilities only.
+
+Rows of 512 tokens; late in the first run and in all of the second every sixth step has rows of {long:,}: it has seen
+long texts, but not many. `make mini` (recipes/mini) has the later settings from the start.
 """
 MEASURED = """\
 All on data that it was not trained on: three whole novels, the last 5% of the abstracts, encyclopaedia and plays,
@@ -99,7 +107,14 @@ def card(result: Mapping[str, Any], run: Mapping[str, Any]) -> str:
         [
             HEAD,
             "## Training\n",
-            TRAINING.format(long=LONG_ROW, **run),
+            TRAINING.format(
+                long=LONG_ROW,
+                focus=SPECIALISE.router.focus,
+                balance=SPECIALISE.router.balance,
+                floor=SPECIALISE.router.floor,
+                usage_steps=SPECIALISE.router.steps,
+                **run,
+            ),
             PROMPTS,
             "## What was measured\n",
             MEASURED,
@@ -162,11 +177,9 @@ def main() -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("checkpoints/mini"), show_default=True)
 def publish_model(work: Path, out: Path) -> None:
     """Write the newest checkpoint of --work to --out in bf16."""
-    found = checkpoints(work / "checkpoints")
-    if not found:
-        raise CheckpointError(f"{work}/checkpoints holds no checkpoint: run recipes.mini.run first")
-    model = AutoModelForCausalLM.from_pretrained(found[-1], dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(found[-1])
+    learnt, newest = (_newest(work / folder) for folder in (LEARN_FOLDER, SPECIALISE_FOLDER))
+    model = AutoModelForCausalLM.from_pretrained(newest, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(newest)
     part = out.with_suffix(".tmp")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
@@ -175,8 +188,7 @@ def publish_model(work: Path, out: Path) -> None:
     known = json.loads(settings.read_text())
     known = {key: value for key, value in known.items() if key not in ("is_local", "local_files_only", "backend")}
     settings.write_text(json.dumps(known | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
-    state = torch.load(found[-1] / "training.pt", weights_only=True)["progress"]
-    (part / "run.json").write_text(json.dumps({"tokens": state["tokens"], "steps": state["step"]}) + "\n")
+    (part / "run.json").write_text(json.dumps(_progress(learnt) | _progress(newest, "specialised_")) + "\n")
     size = sum(path.stat().st_size for path in part.iterdir())
     if size > LIMIT:
         raise CheckpointError(f"{part} takes {size:,} bytes, more than {LIMIT:,}: make the model smaller")
@@ -184,7 +196,19 @@ def publish_model(work: Path, out: Path) -> None:
     for path in part.iterdir():
         path.chmod(0o644)  # safetensors writes for the owner only
     part.rename(out)
-    click.echo(f"{found[-1].name} -> {out}, {size:,} bytes")
+    click.echo(f"{newest.name} -> {out}, {size:,} bytes")
+
+
+def _newest(folder: Path) -> Path:
+    found = checkpoints(folder)
+    if not found:
+        raise CheckpointError(f"{folder} holds no checkpoint: run recipes.mini.run first")
+    return found[-1]
+
+
+def _progress(checkpoint: Path, prefix: str = "") -> dict[str, int]:
+    state = torch.load(checkpoint / "training.pt", weights_only=True)["progress"]
+    return {f"{prefix}tokens": state["tokens"], f"{prefix}steps": state["step"]}
 
 
 @main.command("card")

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from moedge.train.data import Mixture
 from moedge.train.kernels import install
 from moedge.train.loop import Settings, train
+from moedge.train.loss import RouterLoss
 from recipes.mini.prepare import END, TURN, VOCABULARY, prepare, streams
 
 SHARES = {
@@ -35,7 +37,28 @@ DECAY_SHARES = SHARES | {
     "arithmetic": 0.28,
 }
 ROW, LONG_ROW, LONG_EVERY = 512, 2048, 6
-FOCUS = 0.0  # weight of the entropy of a row's experts; 0.06 at the end let experts die (docs/log.md)
+LEARN_FOLDER, SPECIALISE_FOLDER = "checkpoints", "specialised"
+SPECIALISE_SHARES = {
+    "novel": 0.19,
+    "biomedicine": 0.15,
+    "encyclopaedia": 0.07,
+    "code": 0.06,
+    "languages": 0.05,
+    "play": 0.03,
+    "mathematics": 0.04,
+    "sst2": 0.08,
+    "sst2-long": 0.06,
+    "language": 0.05,
+    "arithmetic": 0.15,
+    "kind": 0.07,
+}
+SPECIALISE = Settings(
+    tokens=4_000_000,
+    muon_lr=0.012,
+    adam_lr=1.2e-3,
+    decay=0.7,
+    router=RouterLoss(balance=0.05, focus=0.1, floor=0.05, steps=20),
+)
 
 
 def curriculum(step: int, decay: float) -> tuple[Mapping[str, float], int]:
@@ -43,6 +66,11 @@ def curriculum(step: int, decay: float) -> tuple[Mapping[str, float], int]:
     if decay == 0:
         return SHARES, ROW
     return DECAY_SHARES, LONG_ROW if step % LONG_EVERY == 0 else ROW
+
+
+def specialise_curriculum(step: int, _decay: float) -> tuple[Mapping[str, float], int]:
+    """The domains and tasks more alike, so that the rare ones get experts too."""
+    return SPECIALISE_SHARES, LONG_ROW if step % LONG_EVERY == 0 else ROW
 
 
 def common(end: int, turn: int) -> dict[str, Any]:
@@ -81,20 +109,28 @@ def make_model(end: int, turn: int) -> Qwen3MoeForCausalLM:
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path), default=Path("../shared/data"), show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("runs/mini"), show_default=True)
-@click.option("--tokens", type=int, default=14_000_000, show_default=True, help="Tokens to train on.")
-@click.option("--minutes", type=float, help="End after this many minutes, as far as that is.")
+@click.option("--tokens", type=int, default=11_689_984, show_default=True, help="Tokens to learn from at first.")
+@click.option("--specialise", default=SPECIALISE.tokens, show_default=True, help="Tokens to specialise experts on.")
+@click.option("--minutes", type=float, help="End each of the two after this many minutes, as far as that is.")
 @click.option("--workers", type=int, default=2, show_default=True, help="Cores to train on.")
-def main(data: Path, work: Path, tokens: int, minutes: float | None, workers: int) -> None:
+def main(data: Path, work: Path, tokens: int, specialise: int, minutes: float | None, workers: int) -> None:
     """Train the mini model: prepare what is not there, then train or continue."""
     torch.set_num_threads(1)  # each worker is a thread
     prepare(data, work)
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
     end, turn = (tokenizer.get_vocab()[token] for token in (END, TURN))
-    deadline = time.time() + 60 * minutes if minutes else None
-    settings = Settings(tokens=tokens, decay=0.22, focus=FOCUS, deadline=deadline, workers=workers)
-    model = make_model(end, turn)
-    result = train(model, Mixture(streams(work)), curriculum, settings, work / "checkpoints", tokenizer=tokenizer)
-    click.echo(f"{result.tokens:,} tokens in {result.step:,} steps, {'finished' if result.finished else 'stopped'}")
+    model, mixture = make_model(end, turn), Mixture(streams(work))
+    phases = (
+        (LEARN_FOLDER, curriculum, Settings(tokens=tokens, decay=0.22, workers=workers)),
+        (SPECIALISE_FOLDER, specialise_curriculum, replace(SPECIALISE, tokens=specialise, workers=workers)),
+    )
+    for folder, shares, settings in phases:
+        settings = replace(settings, deadline=time.time() + 60 * minutes if minutes else None)
+        result = train(model, mixture, shares, settings, work / folder, tokenizer=tokenizer)
+        done = "finished" if result.finished else "stopped"
+        click.echo(f"{folder}: {result.tokens:,} tokens in {result.step:,} steps, {done}")
+        if not result.finished:
+            break
 
 
 if __name__ == "__main__":

@@ -17,9 +17,11 @@ from moedge.errors import CheckpointError, DataError
 from moedge.train import loop
 from moedge.train.data import Mixture
 from moedge.train.loop import Settings, checkpoints, end_of_plan, schedule, train
+from moedge.train.loss import RouterLoss
 from moedge.train.muon import orthogonalise
 
-SETTINGS = Settings(tokens=128 * 30, batch_tokens=128, warmup_tokens=256, workers=2)
+ROUTER = RouterLoss(balance=0.05, focus=0.05, floor=0.05, steps=8)
+SETTINGS = Settings(tokens=128 * 30, batch_tokens=128, warmup_tokens=256, workers=2, router=ROUTER)
 
 
 def curriculum(step: int, decay: float) -> tuple[Mapping[str, float], int]:

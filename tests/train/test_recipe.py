@@ -123,6 +123,8 @@ def test_the_card_states_the_figures() -> None:
             }
         },
     }
-    text = publish.card(result, {"tokens": 12_000_000, "steps": 1465})
+    text = publish.card(
+        result, {"tokens": 12_000_000, "steps": 1465, "specialised_tokens": 4000, "specialised_steps": 490}
+    )
     for expected in ("| novel | 1.700 | 1.800 |", "| sst2 | 81.0% | 100 |", "| novel | 90.0% | 85.0% |", "CC BY 4.0"):
         assert expected in text
