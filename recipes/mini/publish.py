@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moedge.errors import CheckpointError
 from moedge.train.loop import checkpoints
-from recipes.mini.run import LEARN_FOLDER, LONG_ROW, SPECIALISE, SPECIALISE_FOLDER
+from moedge.train.loss import RouterLoss
+from recipes.mini.run import LONG_ROW, RUNS
 
 SPECIALISED = 0.8  # of the router mass on the best half of the experts
 LIMIT = 40 * 2**20  # bytes that the folder of weights may take
@@ -67,19 +68,19 @@ subject of a MedMCQA question.
 
 
 TRAINING = """\
-Two runs, one after the other, on two CPU cores in fp32, saved in bf16; Muon for the matrices, AdamW for the rest.
+Three runs, one after the other, on two CPU cores in fp32, saved in bf16; Muon for the matrices, AdamW for the rest.
+The balance of experts is over the global batch of 8,192 tokens in the first, over some twenty of them in the others.
 
-1. To learn: {tokens:,} tokens in {steps:,} steps; balance of experts over the global batch of 8,192 tokens, weight 0.01
-   a layer. The shares were corrected on the way: arithmetic from 8 to 18% after 4.6 M tokens, with most of its weight
-   on the last digit after 8.3 M; naming languages from 3 to 6% after 6.3 M.
-2. To specialise: {specialised_tokens:,} tokens in {specialised_steps:,} steps, domains and tasks more alike. Every row
-   is to keep to few experts (weight {focus} of the fourth power of their entropy, relative to the largest), while the
-   balance over the last {usage_steps} steps has weight {balance} and experts that are hardly used are lifted (weight
-   {floor}). These were corrected on the way too: for 1.2 M tokens it was the entropy itself, and lifting looked at
-   probabilities only.
+{runs}
+To specialise, every row is to keep to few experts (focus: weight of the fourth power of the entropy of its experts,
+relative to the largest), and experts that are hardly used are lifted (floor). Domains and tasks were more alike in the
+second run, and those whose experts were still spread out more frequent in the third. Corrected on the way: in the first
+run arithmetic from 8 to 18% after 4.6 M tokens, with most of its weight on the last digit after 8.3 M, and naming
+languages from 3 to 6% after 6.3 M; in the second for 1.2 M tokens focus took the entropy itself, and floor looked at
+probabilities only. `make mini` (recipes/mini) has the later settings from the start.
 
-Rows of 512 tokens; late in the first run and in all of the second every sixth step has rows of {long:,}: it has seen
-long texts, but not many. `make mini` (recipes/mini) has the later settings from the start.
+Rows of 512 tokens; late in the first run and in all of the others every sixth step has rows of {long:,}: it has seen
+long texts, but not many.
 """
 MEASURED = """\
 All on data that it was not trained on: three whole novels, the last 5% of the abstracts, encyclopaedia and plays,
@@ -98,8 +99,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
-def card(result: Mapping[str, Any], run: Mapping[str, Any]) -> str:
-    """The model card: `result` as evaluate writes it, `run` the figures of the training run."""
+def card(result: Mapping[str, Any], run: Mapping[str, Mapping[str, int]]) -> str:
+    """The model card: `result` as evaluate writes it, `run` the tokens and steps of each training run."""
     router = result["router"]["experts"]
     sizes = list(next(iter(result["bits_per_byte"].values())))
     layers = range(1, len(router["mutual_information_bits"]) + 1)
@@ -107,14 +108,7 @@ def card(result: Mapping[str, Any], run: Mapping[str, Any]) -> str:
         [
             HEAD,
             "## Training\n",
-            TRAINING.format(
-                long=LONG_ROW,
-                focus=SPECIALISE.router.focus,
-                balance=SPECIALISE.router.balance,
-                floor=SPECIALISE.router.floor,
-                usage_steps=SPECIALISE.router.steps,
-                **run,
-            ),
+            TRAINING.format(long=LONG_ROW, runs=_runs(run)),
             PROMPTS,
             "## What was measured\n",
             MEASURED,
@@ -144,6 +138,20 @@ def card(result: Mapping[str, Any], run: Mapping[str, Any]) -> str:
             table(["what", "where", "source", "licence"], LICENCES),
         ]
     )
+
+
+def _runs(run: Mapping[str, Mapping[str, int]]) -> str:
+    return table(
+        ["run", "tokens", "steps", "balance", "focus", "floor"],
+        [
+            [folder, f"{run[folder]['tokens']:,}", f"{run[folder]['steps']:,}", *_weights(settings.router)]
+            for folder, _, settings in RUNS
+        ],
+    )
+
+
+def _weights(router: RouterLoss) -> list[float]:
+    return [router.balance, router.focus, router.floor]
 
 
 def _loads(router: Mapping[str, Any]) -> list[list[object]]:
@@ -177,7 +185,8 @@ def main() -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("checkpoints/mini"), show_default=True)
 def publish_model(work: Path, out: Path) -> None:
     """Write the newest checkpoint of --work to --out in bf16."""
-    learnt, newest = (_newest(work / folder) for folder in (LEARN_FOLDER, SPECIALISE_FOLDER))
+    ends = {folder: _newest(work / folder) for folder, _, _ in RUNS}
+    newest = ends[RUNS[-1][0]]
     model = AutoModelForCausalLM.from_pretrained(newest, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(newest)
     part = out.with_suffix(".tmp")
@@ -188,7 +197,7 @@ def publish_model(work: Path, out: Path) -> None:
     known = json.loads(settings.read_text())
     known = {key: value for key, value in known.items() if key not in ("is_local", "local_files_only", "backend")}
     settings.write_text(json.dumps(known | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
-    (part / "run.json").write_text(json.dumps(_progress(learnt) | _progress(newest, "specialised_")) + "\n")
+    (part / "run.json").write_text(json.dumps({folder: _progress(end) for folder, end in ends.items()}) + "\n")
     size = sum(path.stat().st_size for path in part.iterdir())
     if size > LIMIT:
         raise CheckpointError(f"{part} takes {size:,} bytes, more than {LIMIT:,}: make the model smaller")
@@ -206,9 +215,9 @@ def _newest(folder: Path) -> Path:
     return found[-1]
 
 
-def _progress(checkpoint: Path, prefix: str = "") -> dict[str, int]:
+def _progress(checkpoint: Path) -> dict[str, int]:
     state = torch.load(checkpoint / "training.pt", weights_only=True)["progress"]
-    return {f"{prefix}tokens": state["tokens"], f"{prefix}steps": state["step"]}
+    return {"tokens": state["tokens"], "steps": state["step"]}
 
 
 @main.command("card")

@@ -37,7 +37,6 @@ DECAY_SHARES = SHARES | {
     "arithmetic": 0.28,
 }
 ROW, LONG_ROW, LONG_EVERY = 512, 2048, 6
-LEARN_FOLDER, SPECIALISE_FOLDER = "checkpoints", "specialised"
 SPECIALISE_SHARES = {
     "novel": 0.19,
     "biomedicine": 0.15,
@@ -52,13 +51,14 @@ SPECIALISE_SHARES = {
     "arithmetic": 0.15,
     "kind": 0.07,
 }
-SPECIALISE = Settings(
-    tokens=4_000_000,
-    muon_lr=0.012,
-    adam_lr=1.2e-3,
-    decay=0.7,
-    router=RouterLoss(balance=0.05, focus=0.1, floor=0.05, steps=20),
-)
+SPREAD_OUT_SHARES = SPECIALISE_SHARES | {
+    "novel": 0.16,
+    "biomedicine": 0.12,
+    "encyclopaedia": 0.11,
+    "mathematics": 0.08,
+    "arithmetic": 0.1,
+    "kind": 0.12,
+}
 
 
 def curriculum(step: int, decay: float) -> tuple[Mapping[str, float], int]:
@@ -68,9 +68,41 @@ def curriculum(step: int, decay: float) -> tuple[Mapping[str, float], int]:
     return DECAY_SHARES, LONG_ROW if step % LONG_EVERY == 0 else ROW
 
 
-def specialise_curriculum(step: int, _decay: float) -> tuple[Mapping[str, float], int]:
+def specialise(step: int, _decay: float) -> tuple[Mapping[str, float], int]:
     """The domains and tasks more alike, so that the rare ones get experts too."""
     return SPECIALISE_SHARES, LONG_ROW if step % LONG_EVERY == 0 else ROW
+
+
+def gather(step: int, _decay: float) -> tuple[Mapping[str, float], int]:
+    """More of what is still spread out over the experts."""
+    return SPREAD_OUT_SHARES, LONG_ROW if step % LONG_EVERY == 0 else ROW
+
+
+RUNS = (  # one after the other: the folder of its checkpoints, what is mixed, how it is trained
+    ("checkpoints", curriculum, Settings(tokens=11_689_984, decay=0.22)),
+    (
+        "specialised",
+        specialise,
+        Settings(
+            tokens=4_000_000,
+            muon_lr=0.012,
+            adam_lr=1.2e-3,
+            decay=0.7,
+            router=RouterLoss(balance=0.05, focus=0.1, floor=0.05, steps=20),
+        ),
+    ),
+    (
+        "gathered",
+        gather,
+        Settings(
+            tokens=1_200_000,
+            muon_lr=0.008,
+            adam_lr=8e-4,
+            decay=1.0,
+            router=RouterLoss(balance=0.1, focus=0.3, floor=0.05, steps=20),
+        ),
+    ),
+)
 
 
 def common(end: int, turn: int) -> dict[str, Any]:
@@ -109,23 +141,18 @@ def make_model(end: int, turn: int) -> Qwen3MoeForCausalLM:
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path), default=Path("../shared/data"), show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("runs/mini"), show_default=True)
-@click.option("--tokens", type=int, default=11_689_984, show_default=True, help="Tokens to learn from at first.")
-@click.option("--specialise", default=SPECIALISE.tokens, show_default=True, help="Tokens to specialise experts on.")
-@click.option("--minutes", type=float, help="End each of the two after this many minutes, as far as that is.")
+@click.option("--minutes", type=float, help="End each of the runs after this many minutes, as far as that is.")
 @click.option("--workers", type=int, default=2, show_default=True, help="Cores to train on.")
-def main(data: Path, work: Path, tokens: int, specialise: int, minutes: float | None, workers: int) -> None:
+def main(data: Path, work: Path, minutes: float | None, workers: int) -> None:
     """Train the mini model: prepare what is not there, then train or continue."""
     torch.set_num_threads(1)  # each worker is a thread
     prepare(data, work)
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
     end, turn = (tokenizer.get_vocab()[token] for token in (END, TURN))
     model, mixture = make_model(end, turn), Mixture(streams(work))
-    phases = (
-        (LEARN_FOLDER, curriculum, Settings(tokens=tokens, decay=0.22, workers=workers)),
-        (SPECIALISE_FOLDER, specialise_curriculum, replace(SPECIALISE, tokens=specialise, workers=workers)),
-    )
-    for folder, shares, settings in phases:
-        settings = replace(settings, deadline=time.time() + 60 * minutes if minutes else None)
+    for folder, shares, settings in RUNS:
+        deadline = time.time() + 60 * minutes if minutes else None
+        settings = replace(settings, deadline=deadline, workers=workers)
         result = train(model, mixture, shares, settings, work / folder, tokenizer=tokenizer)
         done = "finished" if result.finished else "stopped"
         click.echo(f"{folder}: {result.tokens:,} tokens in {result.step:,} steps, {done}")
