@@ -21,6 +21,7 @@ from recipes.mini.run import LONG_ROW, RUNS
 
 SPECIALISED = 0.8  # of the router mass on the best half of the experts
 LIMIT = 40 * 2**20  # bytes that the folder of weights may take
+UNWANTED = ("is_local", "local_files_only", "backend", "model_max_length")  # of the tokenizer's settings
 LICENCES = (
     ("English novels", "text/books", "computationalstylistics/100_english_novels", "public domain"),
     ("Biomedical abstracts", "text/biomed.txt", "cambridgeltl/MTL-Bioinformatics-2016", "CC BY 4.0"),
@@ -195,7 +196,7 @@ def publish_model(work: Path, out: Path) -> None:
     tokenizer.save_pretrained(part)
     settings = part / "tokenizer_config.json"
     known = json.loads(settings.read_text())
-    known = {key: value for key, value in known.items() if key not in ("is_local", "local_files_only", "backend")}
+    known = {key: value for key, value in known.items() if key not in UNWANTED}
     settings.write_text(json.dumps(known | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
     (part / "run.json").write_text(json.dumps({folder: _progress(end) for folder, end in ends.items()}) + "\n")
     size = sum(path.stat().st_size for path in part.iterdir())
