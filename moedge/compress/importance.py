@@ -107,15 +107,18 @@ def reap(seen: Statistics) -> Floats:
 
 
 def reap_sum(seen: Statistics) -> Floats:
-    """Sum over T_e of g_e(t) |f_e(t)|_2: as REAP, but an expert that is used more counts for more."""
+    """Sum over T_e of g_e(t) |f_e(t)|_2: as REAP, but an expert that is used more counts for more.
+
+    The default: it measured best (docs/compress.md).
+    """
     return seen.gate_norm.copy()
 
 
 def energy(seen: Statistics) -> Floats:
     """Sum over T_e of (g_e(t) |f_e(t)|_2)^2: the squared change of the layer's output without the expert's term.
 
-    The default: it measured best (docs/compress.md). As REAP it asks how much an expert gives, but summed, so that use
-    counts, and squared, so that the few tokens that need it most do.
+    As REAP it asks how much an expert gives, but summed, so that use counts, and squared, so that the few tokens that
+    need it most do.
     """
     return seen.energy.copy()
 
@@ -142,7 +145,7 @@ def random(seen: Statistics) -> Floats:
 
 
 METHODS: dict[str, Score] = {
-    "default": energy,
+    "default": reap_sum,
     "litemoe": mass,
     "reap": reap,
     "reap-sum": reap_sum,

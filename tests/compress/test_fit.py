@@ -162,7 +162,7 @@ def test_protected_experts_stay(example: tuple[Path, Path, Fitted], task: Path, 
 def test_super_experts_are_protected_as_far_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = module.Statistics.empty(1, 8)
     seen.largest[0] = [1, 2, 3, 0, 0, 0, 0, 0]
-    seen.energy[0] = range(8)
+    seen.gate_norm[0] = range(8)
     monkeypatch.setattr(module, "super_experts", lambda *_: [(0, 0), (0, 1), (0, 2)])
     plan = module.choose(seen, Shape(8, 1, 2, 1, 1, 1), "experts=2", Settings())
     assert plan.kept == ((1, 2),)
