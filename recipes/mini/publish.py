@@ -69,16 +69,16 @@ subject of a MedMCQA question.
 
 
 TRAINING = """\
-Three runs, one after the other, on two CPU cores in fp32, saved in bf16; Muon for the matrices, AdamW for the rest.
+Four runs, one after the other, on two CPU cores in fp32, saved in bf16; Muon for the matrices, AdamW for the rest.
 The balance of experts is over the global batch of 8,192 tokens in the first, over some twenty of them in the others.
 
 {runs}
 To specialise, every row is to keep to few experts (focus: weight of the fourth power of the entropy of its experts,
 relative to the largest), and experts that are hardly used are lifted (floor). Domains and tasks were more alike in the
-second run, and those whose experts were still spread out more frequent in the third. Corrected on the way: in the first
-run arithmetic from 8 to 18% after 4.6 M tokens, with most of its weight on the last digit after 8.3 M, and naming
-languages from 3 to 6% after 6.3 M; in the second for 1.2 M tokens focus took the entropy itself, and floor looked at
-probabilities only. `make mini` (recipes/mini) has the later settings from the start.
+second run, what was still spread out more frequent in the third, and half of the fourth was novels and abstracts.
+Corrected on the way: in the first run arithmetic from 8 to 18% after 4.6 M tokens, with most of its weight on the last
+digit after 8.3 M, and naming languages from 3 to 6% after 6.3 M; in the second for 1.2 M tokens focus took the entropy
+itself, and floor looked at probabilities only. `make mini` (recipes/mini) has the later settings from the start.
 
 Rows of 512 tokens; late in the first run and in all of the others every sixth step has rows of {long:,}: it has seen
 long texts, but not many.

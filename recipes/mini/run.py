@@ -59,6 +59,7 @@ SPREAD_OUT_SHARES = SPECIALISE_SHARES | {
     "arithmetic": 0.1,
     "kind": 0.12,
 }
+TEXT_SHARES = SPREAD_OUT_SHARES | {"novel": 0.3, "biomedicine": 0.35}
 
 
 def curriculum(step: int, decay: float) -> tuple[Mapping[str, float], int]:
@@ -76,6 +77,11 @@ def specialise(step: int, _decay: float) -> tuple[Mapping[str, float], int]:
 def gather(step: int, _decay: float) -> tuple[Mapping[str, float], int]:
     """More of what is still spread out over the experts."""
     return SPREAD_OUT_SHARES, LONG_ROW if step % LONG_EVERY == 0 else ROW
+
+
+def texts(step: int, _decay: float) -> tuple[Mapping[str, float], int]:
+    """Half novels and abstracts, which want the most experts."""
+    return TEXT_SHARES, LONG_ROW if step % LONG_EVERY == 0 else ROW
 
 
 RUNS = (  # one after the other: the folder of its checkpoints, what is mixed, how it is trained
@@ -100,6 +106,17 @@ RUNS = (  # one after the other: the folder of its checkpoints, what is mixed, h
             adam_lr=8e-4,
             decay=1.0,
             router=RouterLoss(balance=0.1, focus=0.3, floor=0.05, steps=20),
+        ),
+    ),
+    (
+        "texts",
+        texts,
+        Settings(
+            tokens=1_400_000,
+            muon_lr=0.01,
+            adam_lr=1e-3,
+            decay=1.0,
+            router=RouterLoss(balance=0.2, focus=0.6, floor=0.05, steps=20),
         ),
     ),
 )
