@@ -107,11 +107,24 @@ def reap(seen: Statistics) -> Floats:
 
 
 def reap_sum(seen: Statistics) -> Floats:
-    """Sum over T_e of g_e(t) |f_e(t)|_2: as REAP, but an expert that is used more counts for more.
-
-    The default: it measured best (docs/compress.md).
-    """
+    """Sum over T_e of g_e(t) |f_e(t)|_2: as REAP, but an expert that is used more counts for more."""
     return seen.gate_norm.copy()
+
+
+def reap_mass(seen: Statistics) -> Floats:
+    """`reap_sum` and `mass`, each as a share of its layer, added: what an expert gives, and what the router asks of it.
+
+    The second counts experts that were just not chosen: tokens turn to them where others are gone. The default: it
+    measured best (docs/compress.md).
+    """
+    return _shares(seen.gate_norm) + _shares(seen.mass)
+
+
+def _shares(sums: Floats) -> Floats:
+    """[L, E], each layer to sum 1; a layer without any stays 0."""
+    totals = sums.sum(1, keepdims=True)
+    shares: Floats = np.divide(sums, totals, out=np.zeros_like(sums), where=totals > 0)
+    return shares
 
 
 def energy(seen: Statistics) -> Floats:
@@ -145,10 +158,11 @@ def random(seen: Statistics) -> Floats:
 
 
 METHODS: dict[str, Score] = {
-    "default": reap_sum,
+    "default": reap_mass,
     "litemoe": mass,
     "reap": reap,
     "reap-sum": reap_sum,
+    "reap-mass": reap_mass,
     "premoe": premoe,
     "ean": ean,
     "energy": energy,

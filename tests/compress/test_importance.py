@@ -36,6 +36,7 @@ def statistics() -> Statistics:
         ("litemoe", [3, 1.5, 0.5]),
         ("reap", [2, 7, 0]),
         ("reap-sum", [6, 2, 0]),
+        ("reap-mass", [6 / 8 + 3 / 5, 2 / 8 + 1.5 / 5, 0.5 / 5]),
         ("ean", [3, 10, 0]),
         ("premoe", [2, 0.2, 0]),
         ("energy", [9, 4, 0]),
