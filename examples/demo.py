@@ -31,7 +31,7 @@ def half_of_the_experts(model: Path) -> int:
 def answer(lm: moedge.LM, prompt: str, show: bool) -> str:
     """The answer, streamed if `show`, and then what the cache did."""
     tally = Tally()
-    for step in lm.generate(prompt, max_new_tokens=48):
+    for step in lm.generate(prompt, max_new_tokens=48, temperature=0.7, top_p=0.9, seed=1):
         tally.add(step)
         click.echo(step.text if show else "", nl=False)
     if show:
