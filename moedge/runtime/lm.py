@@ -60,7 +60,7 @@ class LM:
         connect(sources, store)
         self.prefetcher = None if plan.capacities == plan.num_experts else Prefetcher(model, self.anatomy, store)
         self._release = weakref.finalize(self, _release, store, blueprint, sources)
-        model.register_forward_pre_hook(_Guard(plan), with_kwargs=True)
+        model.register_forward_pre_hook(_Guard(plan, blueprint.dtype.itemsize), with_kwargs=True)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -207,10 +207,10 @@ def _release(store: DiskStore, blueprint: Blueprint, sources: Sequence[ExpertSou
 
 
 class _Guard:
-    """Runs before every forward pass and refuses what the plan has no memory for."""
+    """Runs before every forward pass and refuses what the plan has no memory for. `itemsize`: bytes of a logit."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+    def __init__(self, plan: Plan, itemsize: int) -> None:
+        self._plan, self._itemsize = plan, itemsize
 
     def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = (
@@ -238,7 +238,7 @@ class _Guard:
         reserved = self._plan.logits_bytes
         if reserved is None:
             return
-        need = rows * vocabulary(model) * model.dtype.itemsize
+        need = rows * vocabulary(model) * self._itemsize
         if need > reserved:
             raise MemoryLimitError(
                 f"the logits of {rows} tokens need {format_size(need)}, the plan has {format_size(reserved)} for them: "

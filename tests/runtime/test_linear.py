@@ -13,6 +13,7 @@ from moedge.runtime.formats import Format, quantise
 from moedge.runtime.kernels import MANY
 from moedge.runtime.linear import CodedEmbedding, CodedLinear, CodedMatrix
 from moedge.runtime.pack import pack
+from moedge.runtime.session import Session
 
 LIBRARY = native.load()
 BOTH = [None, pytest.param(LIBRARY, marks=pytest.mark.skipif(LIBRARY is None, reason="the C kernels were not built"))]
@@ -92,3 +93,14 @@ def test_tied_embeddings_share_one_matrix(tiny: Tiny, tmp_path: Path) -> None:
     pack(tiny("qwen3_moe", tie_word_embeddings=True), tmp_path / "out", Format("int8"), backbone=8)
     with load(tmp_path / "out") as lm:
         assert lm.model.get_input_embeddings().matrix is lm.model.get_output_embeddings().matrix
+
+
+def test_logits_in_pieces_within_a_limit(tiny: Tiny, tmp_path: Path) -> None:
+    """While the head computes, the model has no plain parameter at all."""
+    pack(tiny("qwen3_moe"), tmp_path / "out", Format("int8"), backbone=8)
+    ids = [5, 9, 3, 7]
+    with load(tmp_path / "out", memory="8GiB", context=16) as lm:
+        found = torch.cat(list(Session(lm).stream(ids)))
+        assert lm.plan.logits_bytes is not None
+    with load(tmp_path / "out") as lm:
+        assert torch.equal(found, torch.cat(list(Session(lm).stream(ids))))
