@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moedge.compress.partition import shares
 from moedge.errors import DataError
 
 _UNREADABLE = (  # what zipfile and numpy raise for bytes that are not theirs
@@ -117,14 +118,8 @@ def reap_mass(seen: Statistics) -> Floats:
     The second counts experts that were just not chosen: tokens turn to them where others are gone. The default: it
     measured best (docs/compress.md).
     """
-    return _shares(seen.gate_norm) + _shares(seen.mass)
-
-
-def _shares(sums: Floats) -> Floats:
-    """[L, E], each layer to sum 1; a layer without any stays 0."""
-    totals = sums.sum(1, keepdims=True)
-    shares: Floats = np.divide(sums, totals, out=np.zeros_like(sums), where=totals > 0)
-    return shares
+    pairs = zip(seen.gate_norm, seen.mass, strict=True)
+    return np.stack([shares(given) + shares(asked) for given, asked in pairs])
 
 
 def energy(seen: Statistics) -> Floats:

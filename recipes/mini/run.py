@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from moedge.train.data import Mixture
 from moedge.train.kernels import install
-from moedge.train.loop import Settings, train
+from moedge.train.loop import Curriculum, Settings, train
 from moedge.train.loss import RouterLoss
 from recipes.mini.prepare import END, TURN, VOCABULARY, prepare, streams
 
@@ -37,7 +37,7 @@ DECAY_SHARES = SHARES | {
     "arithmetic": 0.28,
 }
 ROW, LONG_ROW, LONG_EVERY = 512, 2048, 6
-SPECIALISE_SHARES = {
+SPECIALISE_SHARES = {  # more alike, so that the rare domains and tasks get experts too
     "novel": 0.19,
     "biomedicine": 0.15,
     "encyclopaedia": 0.07,
@@ -51,7 +51,7 @@ SPECIALISE_SHARES = {
     "arithmetic": 0.15,
     "kind": 0.07,
 }
-SPREAD_OUT_SHARES = SPECIALISE_SHARES | {
+SPREAD_OUT_SHARES = SPECIALISE_SHARES | {  # more of what is then still spread out over the experts
     "novel": 0.16,
     "biomedicine": 0.12,
     "encyclopaedia": 0.11,
@@ -59,6 +59,7 @@ SPREAD_OUT_SHARES = SPECIALISE_SHARES | {
     "arithmetic": 0.1,
     "kind": 0.12,
 }
+# half novels and abstracts, which want the most experts
 TEXT_SHARES = SPREAD_OUT_SHARES | {"novel": 0.3, "biomedicine": 0.35}
 
 
@@ -69,56 +70,22 @@ def curriculum(step: int, decay: float) -> tuple[Mapping[str, float], int]:
     return DECAY_SHARES, LONG_ROW if step % LONG_EVERY == 0 else ROW
 
 
-def specialise(step: int, _decay: float) -> tuple[Mapping[str, float], int]:
-    """The domains and tasks more alike, so that the rare ones get experts too."""
-    return SPECIALISE_SHARES, LONG_ROW if step % LONG_EVERY == 0 else ROW
+def long_too(shares: Mapping[str, float]) -> Curriculum:
+    """The same shares throughout, and in every sixth step rows of 2048 tokens."""
+    return lambda step, _decay: (shares, LONG_ROW if step % LONG_EVERY == 0 else ROW)
 
 
-def gather(step: int, _decay: float) -> tuple[Mapping[str, float], int]:
-    """More of what is still spread out over the experts."""
-    return SPREAD_OUT_SHARES, LONG_ROW if step % LONG_EVERY == 0 else ROW
-
-
-def texts(step: int, _decay: float) -> tuple[Mapping[str, float], int]:
-    """Half novels and abstracts, which want the most experts."""
-    return TEXT_SHARES, LONG_ROW if step % LONG_EVERY == 0 else ROW
+def specialising(tokens: int, rate: float, decay: float, balance: float, focus: float) -> Settings:
+    """`rate` is Muon's; AdamW has a tenth of it."""
+    router = RouterLoss(balance=balance, focus=focus, floor=0.05, steps=20)
+    return Settings(tokens=tokens, muon_lr=rate, adam_lr=rate / 10, decay=decay, router=router)
 
 
 RUNS = (  # one after the other: the folder of its checkpoints, what is mixed, how it is trained
     ("checkpoints", curriculum, Settings(tokens=11_689_984, decay=0.22)),
-    (
-        "specialised",
-        specialise,
-        Settings(
-            tokens=4_000_000,
-            muon_lr=0.012,
-            adam_lr=1.2e-3,
-            decay=0.7,
-            router=RouterLoss(balance=0.05, focus=0.1, floor=0.05, steps=20),
-        ),
-    ),
-    (
-        "gathered",
-        gather,
-        Settings(
-            tokens=1_200_000,
-            muon_lr=0.008,
-            adam_lr=8e-4,
-            decay=1.0,
-            router=RouterLoss(balance=0.1, focus=0.3, floor=0.05, steps=20),
-        ),
-    ),
-    (
-        "texts",
-        texts,
-        Settings(
-            tokens=1_400_000,
-            muon_lr=0.01,
-            adam_lr=1e-3,
-            decay=1.0,
-            router=RouterLoss(balance=0.2, focus=0.6, floor=0.05, steps=20),
-        ),
-    ),
+    ("specialised", long_too(SPECIALISE_SHARES), specialising(4_000_000, 0.012, 0.7, balance=0.05, focus=0.1)),
+    ("gathered", long_too(SPREAD_OUT_SHARES), specialising(1_200_000, 0.008, 1.0, balance=0.1, focus=0.3)),
+    ("texts", long_too(TEXT_SHARES), specialising(1_400_000, 0.01, 1.0, balance=0.2, focus=0.6)),
 )
 
 
