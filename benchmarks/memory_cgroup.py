@@ -65,7 +65,6 @@ def memory_cgroup(limit: int) -> Iterator[Path]:
             (group / "memory.max").write_text(str(limit))
             (group / "memory.swap.max").write_text("0")
         else:
-            (group / "memory.swappiness").write_text("0")
             (group / "memory.limit_in_bytes").write_text(str(limit))
             (group / "memory.memsw.limit_in_bytes").write_text(str(limit))
         yield group

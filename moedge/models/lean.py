@@ -39,7 +39,8 @@ def lean_imports() -> None:
 
 
 def forget_code() -> None:
-    """Give back the memory of machine code that starting has run; what runs again comes back from its file.
+    """Give back the memory of machine code and constants that starting has used; what is used again comes back from its
+    file.
 
     Of torch and its libraries that is some 50 MiB that only importing needs. Linux only; mappings with pages that were
     written to (a debugger's) are left alone.
@@ -53,8 +54,8 @@ def forget_code() -> None:
     for line in smaps.read_text().splitlines():
         first, *rest = line.split()
         if not first.endswith(":"):  # a mapping: addresses, permissions, offset, device, inode, file
-            code = len(rest) == 5 and rest[0] == "r-xp" and rest[4].startswith("/")
-            begin, end = (int(address, 16) for address in first.split("-")) if code else (0, 0)
+            fixed = len(rest) == 5 and rest[0] in ("r-xp", "r--p") and rest[4].startswith("/")
+            begin, end = (int(address, 16) for address in first.split("-")) if fixed else (0, 0)
         elif first == "Anonymous:" and rest[0] == "0" and end:
             libc.madvise(begin, end - begin, _MADV_DONTNEED)
 

@@ -17,7 +17,7 @@ from moedge.models.lean import forget_code
 from moedge.models.load import Blueprint
 from moedge.models.packed_experts import PackedExperts
 from moedge.models.shorten import can_shorten, short_bytes
-from moedge.runtime.device import process_memory
+from moedge.runtime.device import private_memory, process_memory
 from moedge.runtime.extents import SCRATCH
 from moedge.runtime.growing import bytes_beyond_windows
 from moedge.runtime.reader import BLOCK
@@ -25,7 +25,9 @@ from moedge.runtime.store import READ_THREADS
 from moedge.units import format_size, whole_pages
 
 DEFAULT_CONTEXT = 2048  # tokens, where a limit is given and no context
-LATER = 20 << 20  # what running adds to the process after planning: code, imports
+FILES = 36 << 20  # pages of libraries that running keeps coming back to; without them it waits for the disk all the time
+KERNEL = 8 << 20  # page tables and the like, which count in a control group's limit
+LATER = 2 << 20  # what running adds to the process's own memory after planning
 EACH_THREAD, EACH_LAYER = 2 << 20, 1 << 18  # and for each its stack and BLAS buffers, its cache's memory of past events
 LOGITS = 16 << 20  # the most reserved for logits, unless those of four tokens take more
 ACTIVATION_COPIES = 14  # hidden-size tensors alive at once in one decoder layer, with room for the allocator
@@ -169,7 +171,7 @@ def _checked_context(blueprint: Blueprint, limit: int | None, context: int | Non
 
 def _fixed_rows(blueprint: Blueprint, context: int | None, parallel: int, chunk: int, limited: bool) -> tuple[Row, ...]:
     """Everything that is not an expert slot."""
-    now, _ = process_memory()
+    now = private_memory()
     tokens = context or 0
     chunk = min(chunk, tokens) if tokens else chunk
     cache = context_bytes(blueprint, tokens) * parallel if tokens else 0
@@ -178,7 +180,7 @@ def _fixed_rows(blueprint: Blueprint, context: int | None, parallel: int, chunk:
         Row(
             "process",
             now + (adds := later(blueprint.anatomy.num_layers)),
-            f"{format_size(now)} measured now, {format_size(adds)} for what running adds",
+            f"{format_size(now)} measured now, {format_size(adds)} for libraries' pages and what running adds",
         ),
         _backbone_row(blueprint, limited),
         Row("context", cache, f"{tokens} tokens for {parallel}, cache of the model run on the meta device"),
@@ -197,8 +199,8 @@ def _fixed_rows(blueprint: Blueprint, context: int | None, parallel: int, chunk:
 
 
 def later(layers: int) -> int:
-    """Bytes that running adds to the process after planning; for 16 layers on two threads 19 MiB were measured."""
-    return LATER + torch.get_num_threads() * EACH_THREAD + layers * EACH_LAYER
+    """Bytes beside the process's own now: libraries' pages, the kernel's share, and what running adds."""
+    return FILES + KERNEL + LATER + torch.get_num_threads() * EACH_THREAD + layers * EACH_LAYER
 
 
 def _backbone_row(blueprint: Blueprint, limited: bool) -> Row:

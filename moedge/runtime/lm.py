@@ -17,6 +17,7 @@ from moedge.errors import CheckpointError, ContextError, MemoryLimitError, Model
 from moedge.models.anatomy import Anatomy
 from moedge.models.embedding import put_on_disk
 from moedge.models.hub import resolve
+from moedge.models.lean import forget_code
 from moedge.models.load import Blueprint, draw, load_backbone, load_tokenizer
 from moedge.models.pack import PackedCheckpoint
 from moedge.models.packed_experts import PackedExperts
@@ -141,10 +142,13 @@ def load(
         blueprint, pins = fit(whole, more.experts, more.fallback)
         tokenizer = load_tokenizer(blueprint.folder)
         limit = None if memory is None else _limit(memory)
-        plan = make_plan(blueprint, limit, context, more.parallel, more.prefill_chunk)
         if limit is not None:
             return_freed_memory()
-        return _assemble(blueprint, plan, tokenizer, make_caches(plan.num_experts, plan.capacities, policy, pins))
+        plan = make_plan(blueprint, limit, context, more.parallel, more.prefill_chunk)
+        lm = _assemble(blueprint, plan, tokenizer, make_caches(plan.num_experts, plan.capacities, policy, pins))
+        if limit is not None:
+            forget_code()
+        return lm
     except BaseException:
         whole.checkpoint.close()
         raise

@@ -35,7 +35,7 @@ from moedge.models.quantised import QuantisedCheckpoint, without_quantisation
 from moedge.models.shorten import can_shorten, shorten
 from moedge.runtime.budget import later
 from moedge.runtime.calibrate import MOMENTS, Moments
-from moedge.runtime.device import process_memory, return_freed_memory
+from moedge.runtime.device import private_memory, return_freed_memory
 from moedge.runtime.extents import SCRATCH, describe, extent_of, fill
 from moedge.runtime.formats import PLAIN, SHORT, Format
 from moedge.runtime.journal import Unfinished
@@ -194,7 +194,7 @@ def _threads(plan: _Plan, memory: int | None) -> int:
     each += SCRATCH if plan.format != PLAIN or plan.source.overhead or plan.backbone.coded else 0
     if memory is None:
         return THREADS
-    fixed = process_memory()[0] + later(0) + 2 * READ_BLOCK
+    fixed = private_memory() + later(0) + 2 * READ_BLOCK
     if memory < fixed + each:
         raise MemoryLimitError(
             f"packing needs {format_size(fixed + each)}, {format_size(each)} of it for one expert, "

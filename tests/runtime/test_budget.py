@@ -1,5 +1,6 @@
 """The plan: what each row claims, what is refused, and that a loaded model keeps to it."""
 
+import mmap
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from moedge.errors import ContextError, MemoryLimitError, ModelError
 from moedge.models.load import Blueprint, draw
 from moedge.runtime import budget
 from moedge.runtime.budget import Plan, activation_bytes, context_bytes, make_plan, share_slots
-from moedge.runtime.device import process_memory
+from moedge.runtime.device import private_memory, process_memory
 from moedge.runtime.growing import LEAST
 from moedge.runtime.lm import load
 from moedge.units import parse_size
@@ -30,6 +31,7 @@ def blueprint(tiny: Callable[..., Path]) -> Iterator[Blueprint]:
 @pytest.fixture
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process whose size does not change between two plans."""
+    monkeypatch.setattr(budget, "private_memory", lambda: 100 << 20)
     monkeypatch.setattr(budget, "process_memory", lambda: (100 << 20, 100 << 20))
 
 
@@ -200,16 +202,29 @@ def test_quantised_dense_and_incomplete_models_are_refused(tiny: Callable[..., P
 
 
 def test_process_memory_counts_this_process() -> None:
-    before, _ = process_memory()
+    (before, _), private_before = process_memory(), private_memory()
     block = torch.ones(16 << 20)
-    now, peak = process_memory()
+    (now, peak), private = process_memory(), private_memory()
     assert now - before > block.numel() * 4 * 0.9
-    assert peak >= now
+    assert private - private_before > block.numel() * 4 * 0.9
+    assert peak >= now >= private
+
+
+def test_private_memory_leaves_out_what_a_file_backs(tmp_path: Path) -> None:
+    file = tmp_path / "pages"
+    file.write_bytes(bytes(32 << 20))
+    (before, _), private_before = process_memory(), private_memory()
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as pages:
+        assert not any(pages[at] for at in range(0, 32 << 20, mmap.PAGESIZE))
+        (now, _), private = process_memory(), private_memory()
+    if Path("/proc/self/status").exists():
+        assert now - before > 24 << 20
+        assert private - private_before < 8 << 20
 
 
 def test_no_less_than_starting_took_is_accepted(blueprint: Blueprint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Machine code gives its memory back before the plan is made, but was in memory until then."""
-    sizes = iter([900 << 20, 200 << 20])
-    monkeypatch.setattr(budget, "process_memory", lambda: (next(sizes), 900 << 20))
+    monkeypatch.setattr(budget, "process_memory", lambda: (900 << 20, 900 << 20))
+    monkeypatch.setattr(budget, "private_memory", lambda: 200 << 20)
     with pytest.raises(MemoryLimitError, match="give at least 900 MiB"):
         make_plan(blueprint, limit=parse_size("600MiB"), context=64)
