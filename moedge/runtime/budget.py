@@ -25,8 +25,9 @@ from moedge.runtime.store import READ_THREADS
 from moedge.units import format_size, whole_pages
 
 DEFAULT_CONTEXT = 2048  # tokens, where a limit is given and no context
-FILES = 36 << 20  # pages of libraries that running keeps coming back to; without them it waits for the disk all the time
+FILES = 36 << 20  # pages of libraries that running keeps coming back to, else it waits for them all the time
 KERNEL = 8 << 20  # page tables and the like, which count in a control group's limit
+PRODUCTS = 10 << 20  # what oneDNN keeps for KEPT_PRODUCTS shapes of products in half precision
 LATER = 2 << 20  # what running adds to the process's own memory after planning
 EACH_THREAD, EACH_LAYER = 2 << 20, 1 << 18  # and for each its stack and BLAS buffers, its cache's memory of past events
 LOGITS = 16 << 20  # the most reserved for logits, unless those of four tokens take more
@@ -179,7 +180,7 @@ def _fixed_rows(blueprint: Blueprint, context: int | None, parallel: int, chunk:
     return (
         Row(
             "process",
-            now + (adds := later(blueprint.anatomy.num_layers)),
+            now + (adds := later(blueprint.anatomy.num_layers, blueprint.dtype)),
             f"{format_size(now)} measured now, {format_size(adds)} for libraries' pages and what running adds",
         ),
         _backbone_row(blueprint, limited),
@@ -198,9 +199,11 @@ def _fixed_rows(blueprint: Blueprint, context: int | None, parallel: int, chunk:
     )
 
 
-def later(layers: int) -> int:
+def later(layers: int, dtype: torch.dtype = torch.float32) -> int:
     """Bytes beside the process's own now: libraries' pages, the kernel's share, and what running adds."""
-    return FILES + KERNEL + LATER + torch.get_num_threads() * EACH_THREAD + layers * EACH_LAYER
+    in_onednn = torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    products = PRODUCTS if in_onednn and dtype != torch.float32 else 0
+    return FILES + KERNEL + products + LATER + torch.get_num_threads() * EACH_THREAD + layers * EACH_LAYER
 
 
 def _backbone_row(blueprint: Blueprint, limited: bool) -> Row:

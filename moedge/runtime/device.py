@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+KEPT_PRODUCTS = 16  # of oneDNN; decoding needs about eight
 _MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # glibc's mallopt parameters
 
 
@@ -89,6 +90,17 @@ def return_freed_memory() -> None:
         libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
         libc.mallopt(_ARENA_MAX, 2)
         libc.malloc_trim(0)
+
+
+def keep_few_products() -> None:
+    """Have oneDNN keep what it made for the last few shapes of a product, not for 1,024, which takes half a GiB.
+
+    It makes code for each number of rows, and an expert gets another number from each chunk. The settings are read
+    when a process first multiplies bf16 matrices, on processors with instructions for that; later they change nothing.
+    Those that are set already stay.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_PRODUCTS))
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "1")  # torch's own, in front of it: would keep the same ones again
 
 
 def forget_peak() -> None:

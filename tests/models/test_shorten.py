@@ -91,6 +91,7 @@ def test_a_checkpoint_whose_numbers_have_all_sizes_is_left_alone(
 
 def test_more_experts_stay_within_the_same_limit_and_the_answer_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moedge.runtime.budget.private_memory", lambda: 100 << 20)
+    monkeypatch.setattr("moedge.runtime.budget.process_memory", lambda: (100 << 20, 100 << 20))
     found = []
     for lossless in (True, False):
         if not lossless:
