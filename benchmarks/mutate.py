@@ -90,7 +90,7 @@ def mirror(path: str) -> str:
 
 
 def relevant(mutant: Mutant, reached: dict[str, dict[int, list[str]]]) -> list[str]:
-    """The tests to run: those that reach the line, else those that reach the file nearby, else the mirror's folder."""
+    """The tests to run: those that reach the line, else the mirror file and those that reach the file nearby."""
     lines = reached.get(mutant.path, {})
     near = sorted(lines, key=lambda line: abs(line - mutant.line))
     tests: list[str] = list(lines.get(mutant.line, []))
@@ -101,6 +101,8 @@ def relevant(mutant: Mutant, reached: dict[str, dict[int, list[str]]]) -> list[s
         folder = str(Path(mirror(mutant.path)).parent)
         return [mirror(mutant.path)] if (ROOT / mirror(mutant.path)).exists() else [folder]
     own = [test for test in tests if test.startswith(mirror(mutant.path))]
+    if mutant.line not in lines and (ROOT / mirror(mutant.path)).exists():
+        own = [mirror(mutant.path)]  # whole: what its tests run in processes of their own is not in `reached`
     others = [test for test in tests if test not in set(own)]
     return (own + others)[:MOST_TESTS]
 

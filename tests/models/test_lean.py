@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from moedge.models.lean import _CONCRETE as CONCRETE
 from moedge.models.lean import lean_imports
 
 HEAVY = ("sympy.core", "scipy.sparse", "torch.distributed.tensor", "torch._inductor", "torch.onnx")
@@ -66,6 +67,13 @@ def test_it_leaves_a_process_alone_that_has_transformers() -> None:
     before = list(sys.meta_path)
     lean_imports()
     assert sys.meta_path == before
+
+
+def test_a_size_that_is_a_number_has_a_hint_and_is_itself() -> None:
+    assert CONCRETE["has_guarding_hint"](3)
+    assert CONCRETE["guarding_hint_or_throw"](3) == 3
+    assert not CONCRETE["is_nested_int"](3)
+    assert [CONCRETE[f"sym_{which}"](True, False) for which in ("and", "or")] == [False, True]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

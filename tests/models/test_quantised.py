@@ -57,6 +57,16 @@ def make(kind: str, folder: Path) -> tuple[QuantisedCheckpoint, Made]:
     return open_checkpoint(folder), (stored, dense)
 
 
+def test_auto_rounds_awq_has_zero_points_unless_it_is_symmetric(tmp_path: Path) -> None:
+    kinds = []
+    for symmetric in (True, False):
+        config = GPTQ | {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq", "sym": symmetric}
+        scheme = scheme_of(tmp_path, config)
+        assert scheme.native is not None
+        kinds.append(scheme.native.symmetric)
+    assert kinds == [True, False]
+
+
 @pytest.mark.parametrize("at_once", [1 << 19, 96 * 5], ids=["whole", "five rows at a time"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_numbers_are_those_of_the_definition(

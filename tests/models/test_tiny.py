@@ -85,3 +85,10 @@ def test_types_that_cannot_be_made_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="dense"):
         make_tiny("llama", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_routers_correction_bias_is_not_zero(tmp_path: Path) -> None:
+    found = tensors(make_tiny("deepseek_v3", tmp_path))
+    biases = [each for name, each in found.items() if name.endswith("e_score_correction_bias")]
+    assert len(biases) >= 2
+    assert all(each.any() and each.abs().max() < 1 for each in biases)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from moedge.errors import ContextError, MemoryLimitError, ModelError
 from moedge.models.load import Blueprint, draw
-from moedge.runtime import budget
+from moedge.runtime import budget, device
 from moedge.runtime.budget import Plan, activation_bytes, context_bytes, make_plan, share_slots
 from moedge.runtime.device import private_memory, process_memory
 from moedge.runtime.growing import LEAST
@@ -208,6 +208,13 @@ def test_process_memory_counts_this_process() -> None:
     assert now - before > block.numel() * 4 * 0.9
     assert private - private_before > block.numel() * 4 * 0.9
     assert peak >= now >= private
+
+
+def test_private_memory_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "process_memory", lambda: (70 << 20, 90 << 20))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", lambda self: False)
+        assert private_memory() == 70 << 20
 
 
 def test_private_memory_leaves_out_what_a_file_backs(tmp_path: Path) -> None:

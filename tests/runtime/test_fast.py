@@ -284,3 +284,21 @@ def test_attention_that_computes_otherwise_is_left_alone(kind: Any, fits: int) -
     attention = kind(LlamaConfig(**sizes, attn_implementation="sdpa", attention_bias=True), 1).eval()
     model = nn.ModuleDict({"attention": attention})
     assert put_fast_attention(model, LIBRARY, {1: (0.0, 1.0)}) == fits
+
+
+def test_only_angles_as_the_model_gives_them_are_taken(packed: Callable[..., Path]) -> None:
+    with load(packed(), dtype="fp32") as lm, torch.inference_mode():
+        attention = fast_ones(lm.model, FastDecoderLayer)[0].attention
+        cache = DynamicCache()
+        heads, size = attention._heads[1:]
+        cache.update(torch.zeros(1, heads, 2, size), torch.zeros(1, heads, 2, size), 0)
+        let_grow(cache)
+        x, right = torch.ones(1, 1, lm.model.config.hidden_size), torch.ones(1, 1, attention.angles)
+
+        def taken(*rotation: torch.Tensor) -> bool:
+            return attention.cache(x, {"past_key_values": cache, "position_embeddings": rotation}) is not None
+
+        assert taken(right, right)
+        assert not taken(right.double(), right)
+        assert not taken(right, right[:, :, 1:].contiguous())
+        assert not taken(right, torch.ones(1, 1, 2 * attention.angles)[:, :, ::2])

@@ -78,6 +78,9 @@ def test_what_is_refused(tiny: Tiny, tmp_path: Path) -> None:
         load(folder, fallback=True)
     with pytest.raises(ModelError, match=r"layer 1 has experts 0 to 7, not \[8\]"):
         load(folder, experts=[(1,), (8,), (1,), (1,)], fallback=True)
+    for one in ((2, 8), (-1, 2)):  # a good one beside it does not help
+        with pytest.raises(ModelError, match=r"layer 1 has experts 0 to 7, not \["):
+            load(folder, experts=[(1,), one, (1,), (1,)], fallback=True)
     with pytest.raises(ModelError, match="experts of 2 layers are given, the model has 4 MoE layers"):
         load(folder, experts=[(1,), (2,)], fallback=True)
     with pytest.raises(DataError, match=r"nowhere.* does not exist"):

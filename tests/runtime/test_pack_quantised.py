@@ -11,7 +11,9 @@ from packing import contents, kill_and_go_on, logits
 from quantising import Tensors, Write, awq, dense_copy, fp8, gptq, mxfp4, quantised
 
 from moedge.errors import MemoryLimitError, ModelError
+from moedge.models.load import draw
 from moedge.models.pack import EXPERTS, PackedCheckpoint
+from moedge.models.quantised import QuantisedCheckpoint
 from moedge.models.tiny import make_tiny
 from moedge.native import library as native
 from moedge.runtime import sources
@@ -212,6 +214,16 @@ def test_a_run_that_is_killed_gives_the_same_bytes(case: Callable[[str], Case], 
     assert min(kills) >= 2, "it was not killed"
     for kind in kinds:
         assert contents(tmp_path / "out" / kind) == contents(tmp_path / "whole" / kind)
+
+
+def test_the_largest_matrix_counts_as_it_is_stored(case: Callable[[str], Case]) -> None:
+    blueprint = draw(case("fp8")[0], quantised=True)
+    checkpoint = blueprint.checkpoint
+    assert isinstance(checkpoint, QuantisedCheckpoint)
+    sizes = {coded.nbytes for coded in checkpoint.coded.values()}
+    assert len(sizes) > 1
+    assert sources.Source(blueprint, Format.parse("int4-g32")).overhead == max(sizes)
+    checkpoint.close()
 
 
 def test_a_limit_counts_what_dequantising_takes(

@@ -23,7 +23,7 @@ def whole(lm: FakeLM, ids: list[int]) -> torch.Tensor:
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, atol=3e-5)
+    return a.shape == b.shape and torch.allclose(a, b, atol=1e-4)  # float32 of different shapes; processors differ
 
 
 @pytest.mark.parametrize("architecture", DECODERS)
