@@ -101,12 +101,13 @@ def measure(bench: Bench, limit: int, pairs: int) -> tuple[list[dict[str, Any]],
     cold, _ = bench.moedge(limit, tokens=1)
     rows.append(row("moedge, 1 token", limit, cold, {}))
     packed = bench.pack()
-    stock_limit, ratios, pack_ratios, same, stock_same = limit, [], [], [], []
+    stock_limit, ratios, pack_ratios, whole, same, stock_same = limit, [], [], [], [], []
     for number in range(pairs):
         run, ours = bench.moedge(limit)
         if run.status:
             click.echo(run.stderr[-2000:], err=True)
         rows.append(row("moedge", limit, run, ours))
+        seconds = run.seconds
         run, from_pack = bench.moedge(limit, folder=packed)
         rows.append(row("moedge, pack", limit, run, from_pack))
         run, theirs = bench.stock(stock_limit)
@@ -120,11 +121,13 @@ def measure(bench: Bench, limit: int, pairs: int) -> tuple[list[dict[str, Any]],
         if ours and from_pack and theirs:
             ratios.append(ours["tokens_per_second"] / theirs["tokens_per_second"])
             pack_ratios.append(from_pack["tokens_per_second"] / theirs["tokens_per_second"])
+            whole.append(run.seconds / seconds)
     return rows, {
         "ratio": statistics.median(ratios) if ratios else None,
         "ratios": ratios,
         "pack_ratio": statistics.median(pack_ratios) if pack_ratios else None,
         "pack_ratios": pack_ratios,
+        "whole_run_ratio": statistics.median(whole) if whole else None,  # from start to end, so with loading
         "same_tokens_as_without_limit": all(same),
         "same_tokens_as_stock": all(stock_same),
         "first_token_wall_seconds_from_cold": cold.seconds,
