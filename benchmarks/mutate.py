@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -27,7 +28,7 @@ from report import ROOT, publish
 
 PARTS = ("moedge/runtime", "moedge/models")
 COPIED = ("moedge", "tests", "benchmarks", "recipes", "examples", "docs", "checkpoints")
-MOST_TESTS = 60  # per mutant: those of the mirror file, then the others in the suite's order
+MOST_TESTS = 60  # per mutant: those of the mirror file, then one of each other file in turn
 PYTEST = (sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header")
 
 
@@ -104,7 +105,15 @@ def relevant(mutant: Mutant, reached: dict[str, dict[int, list[str]]]) -> list[s
     if mutant.line not in lines and (ROOT / mirror(mutant.path)).exists():
         own = [mirror(mutant.path)]  # whole: what its tests run in processes of their own is not in `reached`
     others = [test for test in tests if test not in set(own)]
-    return (own + others)[:MOST_TESTS]
+    return (own + in_turn(others))[:MOST_TESTS]
+
+
+def in_turn(tests: Sequence[str]) -> list[str]:
+    """The first of each file, then the second of each: the files' subjects differ more than a file's tests do."""
+    files: dict[str, list[str]] = {}
+    for test in tests:
+        files.setdefault(test.partition("::")[0], []).append(test)
+    return [test for row in zip_longest(*files.values()) for test in row if test is not None]
 
 
 def identity(mutant: Mutant) -> str:

@@ -27,7 +27,7 @@ from moedge.units import format_size, whole_pages
 DEFAULT_CONTEXT = 2048  # tokens, where a limit is given and no context
 FILES = 36 << 20  # pages of libraries that running keeps coming back to, else it waits for them all the time
 KERNEL = 8 << 20  # page tables and the like, which count in a control group's limit
-PRODUCTS = 10 << 20  # what oneDNN keeps for KEPT_PRODUCTS shapes of products in half precision
+PRODUCTS = 12 << 20  # what oneDNN keeps for KEPT_PRODUCTS shapes of products in half precision
 LATER = 2 << 20  # what running adds to the process's own memory after planning
 EACH_THREAD, EACH_LAYER = 2 << 20, 1 << 18  # and for each its stack and BLAS buffers, its cache's memory of past events
 LOGITS = 16 << 20  # the most reserved for logits, unless those of four tokens take more

@@ -99,8 +99,8 @@ def keep_few_products() -> None:
     when a process first multiplies bf16 matrices, on processors with instructions for that; later they change nothing.
     Those that are set already stay.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_PRODUCTS))
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "1")  # torch's own, in front of it: would keep the same ones again
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # torch's own cache, and oneDNN's behind it
+        os.environ.setdefault(name, str(KEPT_PRODUCTS))
 
 
 def forget_peak() -> None:

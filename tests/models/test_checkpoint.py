@@ -90,6 +90,7 @@ def test_truncated_shard_names_file_and_tensor(folder: Path, keep: float) -> Non
         (b"", "0 bytes"),
         (b"1234567", "7 bytes"),
         (struct.pack("<Q", 1 << 40) + b"{}", "header"),
+        (struct.pack("<Q", 9) + b'{"a": 1}', "its header would have 9 bytes"),
         (struct.pack("<Q", 2) + b"[]", "damaged header"),
         (struct.pack("<Q", 5) + b"{nope", "damaged header"),
     ],

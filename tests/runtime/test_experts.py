@@ -89,6 +89,29 @@ def test_a_closed_model_refuses_to_run(tiny: Callable[..., Path]) -> None:
         lm.model(torch.arange(3, 6)[None])
 
 
+def test_a_closed_model_refuses_to_run_with_what_it_still_holds(tiny: Callable[..., Path]) -> None:
+    ids = torch.arange(3, 6)[None]
+    with load(tiny("qwen3_moe")) as lm, torch.no_grad():
+        for _ in range(2):
+            before = lm.store.counters.misses
+            lm.model(ids)
+    assert lm.store.counters.misses == before, "all experts that it needs are in memory"
+    with pytest.raises(ModelError, match="closed"), torch.no_grad():
+        lm.model(ids)
+
+
+def test_a_token_that_names_an_expert_twice(tiny: Callable[..., Path]) -> None:
+    """As a table from token to experts may (DeepSeek V4): alone it is computed as it is among others."""
+    with load(tiny("qwen3_moe")) as lm, torch.no_grad():
+        module: Any = lm.model.get_submodule(lm.anatomy.layers[0].experts)
+        hidden = torch.randn(2, lm.model.config.hidden_size, generator=torch.Generator().manual_seed(4))
+        index, weights = torch.tensor([[5, 5], [2, 5]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]])
+        together = module(hidden, index, weights)
+        for token in range(2):
+            alone = module(hidden[token, None], index[token, None], weights[token, None])
+            torch.testing.assert_close(alone[0], together[token])
+
+
 def test_distinct_experts_and_their_router_mass() -> None:
     index = torch.tensor([[3, 1], [1, 5]])
     weights = torch.tensor([[0.75, 0.25], [0.5, 0.5]])

@@ -299,6 +299,9 @@ def test_only_angles_as_the_model_gives_them_are_taken(packed: Callable[..., Pat
             return attention.cache(x, {"past_key_values": cache, "position_embeddings": rotation}) is not None
 
         assert taken(right, right)
+        plain = DynamicCache()  # as transformers makes it: it does not grow in place
+        plain.update(torch.zeros(1, heads, 2, size), torch.zeros(1, heads, 2, size), 0)
+        assert attention.cache(x, {"past_key_values": plain, "position_embeddings": (right, right)}) is None
         assert not taken(right.double(), right)
         assert not taken(right, right[:, :, 1:].contiguous())
         assert not taken(right, torch.ones(1, 1, 2 * attention.angles)[:, :, ::2])

@@ -107,7 +107,7 @@ def test_nothing_is_written_when_it_fails(
     texts.write_text("\n".join(LINES))
     result = run(texts, out, "--lines")
     assert result.exit_code != 0
-    assert "interrupted after 1 sequences" in result.stderr
+    assert "interrupted after 1 sequences, 6 tokens: nothing is written" in result.stderr
     assert not out.exists()
 
 
