@@ -235,3 +235,13 @@ def test_no_less_than_starting_took_is_accepted(blueprint: Blueprint, monkeypatc
     monkeypatch.setattr(budget, "private_memory", lambda: 200 << 20)
     with pytest.raises(MemoryLimitError, match="give at least 900 MiB"):
         make_plan(blueprint, limit=parse_size("600MiB"), context=64)
+
+
+def test_each_expert_of_a_token_counts_with_its_output(tiny: Callable[..., Path]) -> None:
+    found = []
+    for top_k in (2, 5):
+        drawn = draw(tiny("qwen3_moe", num_experts_per_tok=top_k))
+        found.append(activation_bytes(drawn, chunk=16, context=32))
+        hidden = drawn.meta.config.hidden_size
+        drawn.checkpoint.close()
+    assert found[1] - found[0] == 16 * 2 * (5 - 2) * hidden * 4  # chunk, the output and its weighted copy, fp32
