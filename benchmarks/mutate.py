@@ -92,20 +92,17 @@ def mirror(path: str) -> str:
 
 def relevant(mutant: Mutant, reached: dict[str, dict[int, list[str]]]) -> list[str]:
     """The tests to run: those that reach the line, else the mirror file and those that reach the file nearby."""
-    lines = reached.get(mutant.path, {})
+    lines, mine = reached.get(mutant.path, {}), mirror(mutant.path)
     near = sorted(lines, key=lambda line: abs(line - mutant.line))
     tests: list[str] = list(lines.get(mutant.line, []))
     for line in near[:6] if not tests else []:
         tests += lines[line]
     tests = list(dict.fromkeys(tests))
-    if not tests:
-        folder = str(Path(mirror(mutant.path)).parent)
-        return [mirror(mutant.path)] if (ROOT / mirror(mutant.path)).exists() else [folder]
-    own = [test for test in tests if test.startswith(mirror(mutant.path))]
-    if mutant.line not in lines and (ROOT / mirror(mutant.path)).exists():
-        own = [mirror(mutant.path)]  # whole: what its tests run in processes of their own is not in `reached`
-    others = [test for test in tests if test not in set(own)]
-    return (own + in_turn(others))[:MOST_TESTS]
+    own = [test for test in tests if test.startswith(mine)]
+    others = [test for test in tests if not test.startswith(mine)]
+    if mutant.line not in lines and (ROOT / mine).exists():
+        own = [mine]  # whole: what its tests run in processes of their own is not in `reached`
+    return (own + in_turn(others))[:MOST_TESTS] or [str(Path(mine).parent)]
 
 
 def in_turn(tests: Sequence[str]) -> list[str]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from moedge.models.backbone import matrices
+from moedge.models.load import draw
 from moedge.runtime.lm import LM
 
 KILLED = """
@@ -65,3 +67,10 @@ def logits(lm: LM) -> torch.Tensor:
     with torch.inference_mode():
         value: torch.Tensor = lm.model(input_ids=ids, **more).logits
     return value
+
+
+def coded_names(folder: Path) -> set[str]:
+    """The tensors of a checkpoint's backbone that packing may store in groups."""
+    blueprint = draw(folder)
+    blueprint.checkpoint.close()
+    return matrices(blueprint.meta, blueprint.anatomy, blueprint.checkpoint.tensors) - blueprint.experts.tensors

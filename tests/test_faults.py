@@ -43,9 +43,7 @@ def half_memory_here(model: Path) -> int:
     """As this process sees it, which is larger than a fresh one."""
     from moedge.models.load import draw
     from moedge.runtime.budget import make_plan
-    from moedge.runtime.device import return_freed_memory
 
-    return_freed_memory()  # as loading does before it plans
     blueprint = draw(model)
     plan = make_plan(blueprint, limit=1 << 40, context=512)
     blueprint.checkpoint.close()

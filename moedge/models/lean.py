@@ -39,8 +39,7 @@ def lean_imports() -> None:
 
 
 def forget_code() -> None:
-    """Give back the memory of machine code and constants that starting has used; what is used again comes back from its
-    file.
+    """Give back the memory of machine code and constants that starting has used; what is needed again is read again.
 
     Of torch and its libraries that is some 50 MiB that only importing needs. Linux only; mappings with pages that were
     written to (a debugger's) are left alone.

@@ -17,7 +17,7 @@ from moedge.models.lean import forget_code
 from moedge.models.load import Blueprint
 from moedge.models.packed_experts import PackedExperts
 from moedge.models.shorten import can_shorten, short_bytes
-from moedge.runtime.device import private_memory, process_memory
+from moedge.runtime.device import private_memory, process_memory, return_freed_memory
 from moedge.runtime.extents import SCRATCH
 from moedge.runtime.growing import bytes_beyond_windows
 from moedge.runtime.reader import BLOCK
@@ -91,6 +91,8 @@ def make_plan(
     spare = max(layer.top_k for layer in layers)
     slot, short = stride, False
     counts = tuple(layer.num_experts for layer in layers)
+    if limit is not None:
+        return_freed_memory()
     started, _ = process_memory()
     if limit is not None:
         forget_code()

@@ -15,22 +15,22 @@ _MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # glibc's mallopt parameters
 
 def process_memory() -> tuple[int, int]:
     """(bytes resident now, highest so far) of this process. Off Linux both are the highest so far."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        now, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
-        return now, peak
+    if found := _status("VmRSS", "VmHWM"):
+        return found[0], found[1]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return peak, peak
 
 
 def private_memory() -> int:
     """Bytes resident now that no file backs, so that the system cannot drop them. Off Linux all that is resident."""
+    return sum(_status("RssAnon", "RssShmem")) or process_memory()[0]
+
+
+def _status(*names: str) -> list[int]:
+    """Bytes in these fields of what Linux says of this process; nothing where it does not say them."""
     status = Path("/proc/self/status")
     fields = dict(line.split(":", 1) for line in status.read_text().splitlines()) if status.exists() else {}
-    if "RssAnon" not in fields:
-        return process_memory()[0]
-    return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+    return [int(fields[name].split()[0]) * 1024 for name in names if name in fields]
 
 
 def machine_memory() -> int:

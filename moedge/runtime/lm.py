@@ -22,7 +22,7 @@ from moedge.models.load import Blueprint, draw, load_backbone, load_tokenizer
 from moedge.models.pack import PackedCheckpoint
 from moedge.models.packed_experts import PackedExperts
 from moedge.runtime.budget import Plan, make_plan
-from moedge.runtime.device import keep_few_products, return_freed_memory
+from moedge.runtime.device import keep_few_products
 from moedge.runtime.experts import IMPLEMENTATION, ExpertSource, connect, register, take_out_experts
 from moedge.runtime.fitted import Experts, fit, make_caches
 from moedge.runtime.forward import vocabulary
@@ -142,10 +142,9 @@ def load(
         blueprint, pins = fit(whole, more.experts, more.fallback)
         tokenizer = load_tokenizer(blueprint.folder)
         limit = None if memory is None else _limit(memory)
-        if limit is not None:
-            return_freed_memory()
-            keep_few_products()
         plan = make_plan(blueprint, limit, context, more.parallel, more.prefill_chunk)
+        if limit is not None:
+            keep_few_products()
         lm = _assemble(blueprint, plan, tokenizer, make_caches(plan.num_experts, plan.capacities, policy, pins))
         if limit is not None:
             forget_code()

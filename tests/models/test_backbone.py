@@ -3,24 +3,17 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from moedge.models.backbone import matrices
-from moedge.models.load import draw
-
-
-def names(folder: Path) -> set[str]:
-    blueprint = draw(folder)
-    blueprint.checkpoint.close()
-    return matrices(blueprint.meta, blueprint.anatomy, blueprint.checkpoint.tensors) - blueprint.experts.tensors
+from packing import coded_names
 
 
 def test_which_they_are(tiny: Callable[..., Path]) -> None:
-    found = {name.replace("model.layers.", "") for name in names(tiny("qwen3_moe"))}
+    found = {name.replace("model.layers.", "") for name in coded_names(tiny("qwen3_moe"))}
     attention = {f"{layer}.self_attn.{p}_proj.weight" for layer in range(4) for p in "qkvo"}
     assert found == attention | {"model.embed_tokens.weight", "lm_head.weight"}
 
 
 def test_shared_experts_are_routers_and_gates_are_not(tiny: Callable[..., Path]) -> None:
-    found = names(tiny("qwen2_moe"))
+    found = coded_names(tiny("qwen2_moe"))
     assert "model.layers.1.mlp.shared_expert.up_proj.weight" in found
     assert not any(name.endswith(("gate.weight", "norm.weight", "bias")) for name in found)
-    assert not any("router" in name for name in names(tiny("switch_transformers")))
+    assert not any("router" in name for name in coded_names(tiny("switch_transformers")))

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from packing import contents, logits
+from packing import coded_names, contents, logits
 from quantising import fp8, quantised
 from safetensors.torch import load_file, save_file
 
 from moedge.errors import CheckpointError, ModelError
-from moedge.models.backbone import CodedMatrix, matrices
-from moedge.models.load import draw
+from moedge.models.backbone import CodedMatrix
 from moedge.models.pack import BACKBONE, PackedCheckpoint
 from moedge.models.tiny import make_tiny
 from moedge.runtime.formats import PLAIN, Format, dequantise, part_shapes, quantise
@@ -44,12 +43,6 @@ def rounded(folder: Path, out: Path, names: set[str], format: Format) -> Path:
         tensors[name] = dequantise(quantise(w, format), format, w.shape[1], w.dtype)
     save_file({name: each.contiguous() for name, each in tensors.items()}, out / "model.safetensors", {"format": "pt"})
     return out
-
-
-def coded_names(folder: Path) -> set[str]:
-    blueprint = draw(folder)
-    blueprint.checkpoint.close()
-    return matrices(blueprint.meta, blueprint.anatomy, blueprint.checkpoint.tensors) - blueprint.experts.tensors
 
 
 @pytest.mark.parametrize("columns", [32, 64, 80, 7])

@@ -23,7 +23,7 @@ def whole(lm: FakeLM, ids: list[int]) -> torch.Tensor:
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, atol=1e-4)  # float32 of different shapes; processors differ
+    return a.shape == b.shape and torch.allclose(a, b, atol=3e-5)
 
 
 @pytest.mark.parametrize("architecture", DECODERS)
@@ -189,6 +189,7 @@ def test_a_model_without_a_cache_is_an_error() -> None:
 
 def test_decoding_step_by_step_is_decoding_at_once() -> None:
     lm = tiny_lm("switch_transformers")  # NLLB-MoE's experts have a capacity, so it depends on how many come at once
+    lm.model.double()  # how float32 is rounded differs between processors
     session = EncodedSession(lm)
     steps = [session.begin(IDS), *(session.push(token) for token in (50, 60, 70))]
     with torch.inference_mode():

@@ -254,9 +254,7 @@ def half_memory(model: Any) -> int:
     """The limit that leaves slots for half of the experts in this process."""
     from moedge.models.load import draw
     from moedge.runtime.budget import make_plan
-    from moedge.runtime.device import return_freed_memory
 
-    return_freed_memory()  # as loading does before it plans
     blueprint = draw(model)
     plan = make_plan(blueprint, limit=1 << 40, context=160, parallel=3, prefill_chunk=16)
     blueprint.checkpoint.close()
