@@ -9,7 +9,7 @@ tensors that transformers makes are aligned, those that it takes from the mapped
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -132,6 +132,12 @@ class ExpertMap:
         """The bytes of `slot` (uint8, 64-byte aligned) that one parameter takes."""
         start = field.offset + source.shift
         return slot[start : start + field.nbytes]
+
+    def place(self, layer: int, expert: int, name: str) -> Field:
+        """Where one parameter of an expert lies in its slot."""
+        field = next(f for f in self.layouts[layer].fields if f.name == name)
+        shift = self._sources[layer, expert][name].shift
+        return replace(field, offset=field.offset + shift) if shift else field
 
     def views(self, layer: int, expert: int, slot: torch.Tensor) -> dict[str, torch.Tensor]:
         """The expert's parameters by name as views of the slot that holds it."""

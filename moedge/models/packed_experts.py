@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -90,6 +91,12 @@ class PackedExperts:
         for field in self.layouts[layer].fields:
             target = slot[field.offset : field.offset + field.nbytes]
             target.view(field.dtype).view(field.shape).copy_(values[field.name])
+
+    def place(self, layer: int, expert: int, name: str) -> Field:
+        """Where one plain parameter of an expert lies in a slot that its extent was read into."""
+        field = next(f for f in self.layouts[layer].fields if f.name == name)
+        shifts = self.layers[layer].shifts
+        return replace(field, offset=field.offset + shifts[name][expert]) if name in shifts else field
 
     def views(self, layer: int, expert: int, slot: torch.Tensor) -> dict[str, torch.Tensor]:
         """The expert's parameters as views of its slot; those in number formats together, under EXTENT."""

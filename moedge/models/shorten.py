@@ -5,7 +5,7 @@ disk. native/shorten.c has the code; without the kernels what was shortened can 
 and extents, no cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moedge.models.checkpoint import Checkpoint
-from moedge.models.expert_map import Part, SlotLayout
+from moedge.models.expert_map import Field, Part, SlotLayout
 from moedge.native import library
 
 SAMPLE = 64 << 10  # bytes of each tensor that are looked at
@@ -29,6 +29,35 @@ class Extents(Protocol):
     def layouts(self) -> Sequence[SlotLayout]: ...
 
     def parts(self, layer: int, expert: int) -> list[Part]: ...
+
+
+class ShortExpert(Mapping[str, Tensor]):
+    """The parameters of an expert in 12 bits a number: restored, all at once, when the first of them is asked for.
+
+    `memory` holds the expert, `nbytes` bytes when restored; `place` says where each parameter begins then.
+    """
+
+    def __init__(
+        self, memory: Tensor, nbytes: int, place: Callable[[str], Field], restored: Callable[[], Mapping[str, Tensor]]
+    ) -> None:
+        self.memory, self.place, self.numbers = memory, place, _numbers(nbytes)
+        self._make = restored
+        self._restored: Mapping[str, Tensor] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._parameters[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    @property
+    def _parameters(self) -> Mapping[str, Tensor]:
+        if self._restored is None:
+            self._restored = self._make()
+        return self._restored
 
 
 def short_bytes(nbytes: int) -> int:

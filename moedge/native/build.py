@@ -18,14 +18,15 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 LIBRARY = "kernels.so"
 COMMON = ("-std=c11", "-O3", "-fPIC", "-D_GNU_SOURCE", "-ffp-contract=off")
-# ISA variants by machine: name -> flags
-_X86 = {"avx2": ("-mavx2", "-mfma", "-mf16c"), "avx512": ("-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c")}
-VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "x86_64": _X86,
-    "amd64": _X86,
-    "aarch64": {"neon": ()},
-    "arm64": {"neon": ()},
+# Sources for processors with certain instructions, by machine, and the flags that these need
+_X86 = {
+    "product_avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "product_avx512": ("-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"),
+    "order_lanes": ("-mavx2", "-mfma"),
+    "order_pairs": ("-mavx512bw", "-mavx512vl", "-mavx512bf16"),
 }
+_ARM: dict[str, tuple[str, ...]] = {"product_neon": ()}
+OPTIONAL: dict[str, dict[str, tuple[str, ...]]] = {"x86_64": _X86, "amd64": _X86, "aarch64": _ARM, "arm64": _ARM}
 
 
 class BuildError(Exception):
@@ -65,15 +66,15 @@ def build(folder: Path = HERE, flags: Sequence[str] = ()) -> Path:
 
 
 def compile_objects(cc: Sequence[str], folder: Path, machine: str, flags: Sequence[str] = ()) -> list[Path]:
-    """The object files of all variants for `machine` that this compiler can make. Raises BuildError."""
+    """The object files of all sources for `machine` that this compiler can make. Raises BuildError."""
     made, defines = [], [f'-DMOEDGE_SOURCES="{source_hash()}"']
-    for name, own in VARIANTS.get(machine.lower(), {}).items():
+    for name, own in OPTIONAL.get(machine.lower(), {}).items():
         try:
-            made.append(_compile(cc, f"product_{name}", folder, (*flags, *own)))
+            made.append(_compile(cc, name, folder, (*flags, *own)))
         except BuildError:
-            continue  # an older compiler: it does without this variant
-        defines.append(f"-DMOEDGE_{name.upper()}")
-    for name in ("product_scalar", "layer", "linear", "attention", "quantise", "shorten", "pool"):
+            continue  # an older compiler: it does without
+        defines.append(f"-DMOEDGE_{name.split('_')[1].upper()}")
+    for name in ("product_scalar", "layer", "linear", "exact", "attention", "quantise", "shorten", "pool"):
         made.append(_compile(cc, name, folder, (*flags, *defines)))
     return made
 

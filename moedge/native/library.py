@@ -127,6 +127,16 @@ class Rounding(Structure):
     )
 
 
+class Product(Structure):
+    """moedge_product of moedge.h."""
+
+    _fields_ = (
+        *(("matrix", c_void_p), ("shortened", c_void_p), ("count", c_int64), ("first", c_int64)),
+        *((name, c_void_p) for name in ("x", "out", "workspace")),
+        *((name, c_int32) for name in ("rows", "columns", "order", "step")),
+    )
+
+
 class Library:
     """The functions of one compiled library, with one variant. `variant` is its name."""
 
@@ -180,6 +190,18 @@ class Library:
     def restore(self, shortened: int, count: int, out: int) -> None:
         self._c.moedge_restore(self._variant, shortened, count, out)
 
+    def orders(self) -> dict[str, int]:
+        """The orders of addition that this processor has the instructions for, and their numbers."""
+        found = range(self._c.moedge_orders())
+        return {self._c.moedge_order_name(o).decode(): o for o in found if self._c.moedge_order_runs(o)}
+
+    def product_workspace(self, product: Product, threads: int) -> int:
+        """Bytes that a call needs."""
+        return int(self._c.moedge_product_workspace(byref(product), threads))
+
+    def one_row(self, product: Product, threads: int) -> None:
+        self._c.moedge_one_row(self._variant, byref(product), threads)
+
     def dequantise(self, matrix: Matrix, extent: int, rows: tuple[int, int], bf16: bool, out: int) -> None:
         """Rows from, to of a stored matrix to the address `out`, as fp32 or bf16."""
         self._c.moedge_dequantise(self._variant, byref(matrix), extent, *rows, bf16, out)
@@ -213,6 +235,10 @@ def _functions(path: Path) -> Any:
     c.moedge_short_bytes.restype, c.moedge_short_bytes.argtypes = ctypes.c_size_t, (c_int64,)
     c.moedge_shorten.restype, c.moedge_shorten.argtypes = c_int, (c_void_p, c_int64, c_void_p)
     c.moedge_restore.restype, c.moedge_restore.argtypes = None, (c_int, c_void_p, c_int64, c_void_p)
+    c.moedge_order_name.restype = c_char_p
+    c.moedge_product_workspace.restype = ctypes.c_size_t
+    c.moedge_product_workspace.argtypes = (POINTER(Product), c_int)
+    c.moedge_one_row.restype, c.moedge_one_row.argtypes = None, (c_int, POINTER(Product), c_int)
     c.moedge_read_sum.restype, c.moedge_read_sum.argtypes = ctypes.c_uint64, (c_int, c_void_p, ctypes.c_size_t, c_int)
     return c
 

@@ -135,6 +135,18 @@ typedef struct {
     int8_t *zeros;
 } moedge_rounding;
 
+/* One row of bf16 numbers, x [columns], times a matrix [rows, columns] of bf16 -> out [rows]; columns a multiple of 32.
+   The matrix is at `matrix`, or begins at number `first` of the `count` that lie at `shortened` in 12 bits each. */
+typedef struct {
+    const uint16_t *matrix;
+    const uint8_t *shortened; /* or NULL */
+    int64_t count, first;
+    const uint16_t *x;
+    uint16_t *out;
+    uint8_t *workspace;
+    int32_t rows, columns, order, step;
+} moedge_product;
+
 const char *moedge_sources(void);        /* hash of the sources that this library was built from */
 int moedge_variants(void);               /* how many variants were compiled in, best last */
 const char *moedge_variant_name(int variant);
@@ -156,6 +168,13 @@ void moedge_dequantise(int variant, const moedge_matrix *matrix, const uint8_t *
 size_t moedge_short_bytes(int64_t count);
 int moedge_shorten(const uint16_t *x, int64_t count, uint8_t *out); /* 1; 0 where their exponents differ too much */
 void moedge_restore(int variant, const uint8_t *from, int64_t count, uint16_t *x);
+/* Numbers begin to end of them, both multiples of 32. */
+void moedge_restore_some(int variant, const uint8_t *from, int64_t count, int64_t begin, int64_t end, uint16_t *x);
+int moedge_orders(void); /* in which moedge_one_row can add: how many were compiled in */
+const char *moedge_order_name(int order);
+int moedge_order_runs(int order); /* whether this processor has its instructions */
+size_t moedge_product_workspace(const moedge_product *call, int threads);
+void moedge_one_row(int variant, const moedge_product *call, int threads);
 uint64_t moedge_read_sum(int variant, const uint8_t *memory, size_t nbytes, int threads); /* reads it all, once */
 
 #endif

@@ -83,14 +83,32 @@ int moedge_shorten(const uint16_t *x, int64_t count, uint8_t *out) {
     return 1;
 }
 
-void moedge_restore(int v, const uint8_t *from, int64_t count, uint16_t *x) {
+/* The first number of the list that stands at `begin` or behind it; places ascend. */
+static uint32_t find_listed(const uint8_t *places, uint32_t listed, int64_t begin) {
+    uint32_t low = 0, high = listed, place;
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        memcpy(&place, places + middle * sizeof place, sizeof place);
+        if (place < begin) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
+void moedge_restore_some(int v, const uint8_t *from, int64_t count, int64_t begin, int64_t end, uint16_t *x) {
     parts p = parts_of(count);
     head h;
     memcpy(&h, from, sizeof h);
-    moedge_variant(v)->restore(from + HEAD, from + p.codes, (uint16_t)(h.base - 1), count, x);
-    for (uint32_t i = 0; i < h.listed; i++) {
+    const uint8_t *rest = from + HEAD + begin, *codes = from + p.codes + begin / 2;
+    moedge_variant(v)->restore(rest, codes, (uint16_t)(h.base - 1), end - begin, x);
+    for (uint32_t i = find_listed(from + p.places, h.listed, begin); i < h.listed; i++) {
         uint32_t place;
         memcpy(&place, from + p.places + i * sizeof place, sizeof place);
-        memcpy(x + place, from + p.values + i * sizeof *x, sizeof *x);
+        if (place >= end) break;
+        memcpy(x + place - begin, from + p.values + i * sizeof *x, sizeof *x);
     }
+}
+
+void moedge_restore(int v, const uint8_t *from, int64_t count, uint16_t *x) {
+    moedge_restore_some(v, from, count, 0, count, x);
 }

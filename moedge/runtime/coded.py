@@ -4,7 +4,7 @@ The kernel is used where it knows how the model's experts compute; elsewhere, an
 dequantised to the model's dtype. Knows extents and tokens; no disk.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
@@ -19,8 +19,8 @@ from moedge.native.threads import best, calibrated
 from moedge.runtime.extents import extent_of, parameters
 from moedge.runtime.kernels import LayerKernel, Routing, recognise, route, route_token
 
-Fetched = Iterable[tuple[int, dict[str, Tensor]]]
-Batches = Iterable[list[tuple[int, dict[str, Tensor]]]]
+Fetched = Iterable[tuple[int, Mapping[str, Tensor]]]
+Batches = Iterable[list[tuple[int, Mapping[str, Tensor]]]]
 
 
 class CodedLayer:

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moedge.errors import ModelError
 from moedge.models.anatomy import Anatomy, MoeLayer, expert_modules
+from moedge.runtime.product import product
 from moedge.runtime.store import ExpertStore, Parameters
 
 if TYPE_CHECKING:
     from moedge.runtime.coded import CodedLayer
 
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+Multiply = Callable[[Tensor, Parameters, str, bool], Tensor]
 Rows = tuple[Tensor, Tensor]  # token and position in its top-k, [N] each
 Observer = Callable[[int, Tensor, Rows | None], None]  # expert, its output [N, H]; rows None: as `choices` has them
 _CLOSED = "this model was closed: load it again with moedge.load"
@@ -164,15 +165,19 @@ class _SeeSum(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def feed_forward(module: Any, parameters: Parameters, x: Tensor) -> Tensor:
+def multiply(x: Tensor, parameters: Parameters, name: str, transposed: bool) -> Tensor:
+    """The rows [N, I] by one matrix of an expert, [O, I] or transposed [I, O] -> [N, O]."""
+    return torch.matmul(x, parameters[name]) if transposed else product(x, parameters, name)
+
+
+def feed_forward(module: Any, parameters: Parameters, x: Tensor, multiply: Multiply = multiply) -> Tensor:
     """One expert on its rows, [N, H] -> [N, H], as the flags of transformers' decorator on `module` say."""
-    project: Callable[[Tensor, Tensor], Tensor] = torch.matmul if module.is_transposed else linear
     up = "gate_up_proj" if module.has_gate else "up_proj"
-    x = project(x, parameters[up])
+    x = multiply(x, parameters, up, module.is_transposed)
     if module.has_bias:
         x = x + parameters[f"{up}_bias"]
     x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
-    x = project(x, parameters["down_proj"])
+    x = multiply(x, parameters, "down_proj", module.is_transposed)
     if module.has_bias:
         x = x + parameters["down_proj_bias"]
     return module.post_expert_norm(x) if module.has_post_expert_norm else x
@@ -226,7 +231,7 @@ class LazyExpert(nn.Module):
 
     def run(self, x: Tensor) -> Tensor:
         for _, parameters in self._source.fetch(self._expert, None):
-            result: Tensor = torch.func.functional_call(self._skeleton, parameters, (x,))  # type: ignore[arg-type]
+            result: Tensor = torch.func.functional_call(self._skeleton, dict(parameters), (x,))  # type: ignore[arg-type]
         if self._source.observer is not None:
             self._source.observer(int(self._expert), result, None)
         return result
@@ -245,7 +250,7 @@ class _RereadModule(torch.autograd.Function):
         for _, parameters in ctx.expert._source.fetch(ctx.expert._expert, None):
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
-                y = torch.func.functional_call(ctx.expert._skeleton, parameters, (x,))
+                y = torch.func.functional_call(ctx.expert._skeleton, dict(parameters), (x,))
                 (grad_x,) = torch.autograd.grad(y, (x,), grads)
         return None, grad_x
 

@@ -29,6 +29,7 @@ from moedge.runtime.forward import vocabulary
 from moedge.runtime.generate import Prompt, Step, generate
 from moedge.runtime.policy import POLICIES, LayerCache
 from moedge.runtime.prefetch import Prefetcher
+from moedge.runtime.product import put_row_products
 from moedge.runtime.reader import DirectReader
 from moedge.runtime.store import DiskStore
 from moedge.units import format_size, parse_size
@@ -200,6 +201,8 @@ def _assemble(
         from moedge.runtime.fast import put_fast_paths
 
         put_fast_paths(model, blueprint.anatomy, sources)
+    else:
+        put_row_products(model)
     store = DiskStore(experts, DirectReader(blueprint.checkpoint), caches, plan.spare, plan.short)
     return LM(model, tokenizer, store, plan, blueprint, sources)
 

@@ -7,25 +7,24 @@ matrix's input is seen. Knows the model and tokens; what is made of the inputs i
 import gc
 import hashlib
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
-from torch.overrides import TorchFunctionMode
 
 from moedge.errors import CheckpointError, DataError, MemoryLimitError, ModelError
 from moedge.models.anatomy import MoeLayer
 from moedge.models.load import Blueprint, load_tokenizer
 from moedge.runtime.calibrate import MOMENTS, Inputs, Moments
 from moedge.runtime.device import return_freed_memory
-from moedge.runtime.experts import ExpertSource, feed_forward
+from moedge.runtime.experts import ExpertSource, feed_forward, multiply
 from moedge.runtime.journal import Unfinished
 from moedge.runtime.lm import LM, load
 from moedge.runtime.session import Session, check_ids
+from moedge.runtime.store import Parameters
 from moedge.runtime.texts import read_texts
 from moedge.units import format_size
 
@@ -145,25 +144,16 @@ def _forward(module: Any, layer: MoeLayer, moments: Moments, hidden: Tensor, ind
     for expert, parameters in source.fetch(index, weights):
         token, position = torch.where(index == expert)
         gate = weights[token, position]
-        with _Inputs(parameters) as seen:
-            value = feed_forward(module, parameters, hidden[token]) * gate[:, None]
-        moments.add(layer.index, expert, seen.inputs, gate)
+        inputs: dict[str, Tensor] = {}  # of each matrix, [N, I]
+
+        def seen(x: Tensor, parameters: Parameters, name: str, transposed: bool, inputs: Any = inputs) -> Tensor:
+            inputs[name] = x
+            return multiply(x, parameters, name, transposed)
+
+        value = feed_forward(module, parameters, hidden[token], seen) * gate[:, None]
+        moments.add(layer.index, expert, inputs, gate)
         terms[expert] = token, value
     for expert in sorted(terms):  # experts arrive in any order
         token, value = terms[expert]
         out.index_add_(0, token, value.to(out.dtype))
     return out.to(hidden.dtype)
-
-
-class _Inputs(TorchFunctionMode):
-    """Sees what is multiplied with the matrices among `parameters`: `inputs[name]`, [T, I]."""
-
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.inputs: dict[str, Tensor] = {}
-        self._names = {id(value): name for name, value in parameters.items() if value.dim() == 2}
-
-    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        if func in (linear, torch.matmul) and id(args[1]) in self._names:
-            self.inputs[self._names[id(args[1])]] = args[0]
-        return func(*args, **(kwargs or {}))

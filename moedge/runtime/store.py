@@ -8,23 +8,24 @@ integers and their bytes; no routing.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from moedge.models.expert_map import ExpertMap
 from moedge.models.packed_experts import PackedExperts
-from moedge.models.shorten import restore, shorten
+from moedge.models.shorten import ShortExpert, restore, shorten
 from moedge.runtime.policy import LayerCache
 from moedge.runtime.reader import DirectReader, Target
 from moedge.runtime.slots import Slots, slot_sets
 
 READ_THREADS = 4
-Parameters = dict[str, torch.Tensor]
+Parameters = Mapping[str, torch.Tensor]
 
 
 @dataclass
@@ -227,8 +228,15 @@ class DiskStore:
     def _views(self, layer: int, expert: int, used: int) -> Parameters:
         return self._map.views(layer, expert, self._slots.used[used])
 
-    def _restore(self, layer: int, kept: int, used: int) -> None:
-        restore(self._slots.kept[kept], self._map.layouts[layer].nbytes, self._slots.used[used])
+    def _short(self, layer: int, expert: int, kept: int, used: int) -> ShortExpert:
+        """An expert as it is kept, to be restored into a slot if that is needed."""
+        memory, nbytes = self._slots.kept[kept], self._map.layouts[layer].nbytes
+
+        def restored() -> Parameters:
+            restore(memory, nbytes, self._slots.used[used])
+            return self._views(layer, expert, used)
+
+        return ShortExpert(memory, nbytes, partial(self._map.place, layer, expert), restored)
 
     def _keep(self, layer: int, expert: int, slot: int) -> None:
         """The expert that was read into `slot` stays from now on, unless it cannot be shortened."""
@@ -318,19 +326,18 @@ class _Event:
         assert not self._waiting, "the store has fewer slots than its caches and one spare"
 
     def _handed(self, experts: Sequence[tuple[int, int]], slots: Slots) -> Iterator[list[tuple[int, Parameters]]]:
-        """Experts and their slots as they are used: all at once, or one by one where they have to be restored."""
+        """Experts and their slots as they are used: all at once, or one by one where they may have to be restored."""
         if slots is not self._slots.used:
-            yield from self._restored(experts)
+            yield from self._short(experts)
         elif experts:
             yield [(expert, self._store._views(self._layer, expert, slot)) for expert, slot in experts]
 
-    def _restored(self, experts: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, Parameters]]]:
+    def _short(self, experts: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, Parameters]]]:
         free = self._slots.used.free
         for expert, slot in experts:
             used = free.pop()
             try:
-                self._store._restore(self._layer, slot, used)
-                yield [(expert, self._store._views(self._layer, expert, used))]
+                yield [(expert, self._store._short(self._layer, expert, slot, used))]
             finally:
                 free.append(used)
 
