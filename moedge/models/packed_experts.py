@@ -93,10 +93,11 @@ class PackedExperts:
             target.view(field.dtype).view(field.shape).copy_(values[field.name])
 
     def place(self, layer: int, expert: int, name: str) -> Field:
-        """Where one plain parameter of an expert lies in a slot that its extent was read into."""
+        """Where one plain parameter of an expert lies in its slot."""
         field = next(f for f in self.layouts[layer].fields if f.name == name)
         shifts = self.layers[layer].shifts
-        return replace(field, offset=field.offset + shifts[name][expert]) if name in shifts else field
+        shifted = name in shifts and self._direct[layer]
+        return replace(field, offset=field.offset + shifts[name][expert]) if shifted else field
 
     def views(self, layer: int, expert: int, slot: torch.Tensor) -> dict[str, torch.Tensor]:
         """The expert's parameters as views of its slot; those in number formats together, under EXTENT."""

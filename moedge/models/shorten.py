@@ -1,10 +1,10 @@
-"""Experts in bf16 kept in 12 bits a number, bit for bit: a third more fit into memory, and a quarter less is read.
+"""Experts in bf16 kept in fewer bits, bit for bit: 12 a number in packs, about 10.8 in memory, so that more fit.
 
-What is computed with is restored from it: that takes about as long as copying it, and far less than reading it from
-disk. native/shorten.c has the code; without the kernels what was shortened can still be restored. Knows bytes: slots
-and extents, no cache.
+native/shorten.c and native/levels.c have the two codes. What is in 12 bits can be restored without the kernels too.
+Knows bytes: slots and extents, no cache.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -17,7 +17,8 @@ from moedge.models.expert_map import Field, Part, SlotLayout
 from moedge.native import library
 
 SAMPLE = 64 << 10  # bytes of each tensor that are looked at
-LAYERS = 4  # in so many layers
+LAYERS = 8  # in so many layers
+MARGIN = 1.01  # of a slot over what the largest sample needs
 _BLOCK, _HEAD = 32, 64  # numbers that are shortened together, bytes before them
 _ROOM, _ENTRY = 512, 6  # a list has room for one of so many numbers, and 16 more; bytes of each
 
@@ -75,8 +76,18 @@ def shorten(slot: Tensor, nbytes: int, into: Tensor) -> bool:
     return kernels is not None and kernels.shorten(slot.data_ptr(), _numbers(nbytes), into.data_ptr())
 
 
+def compact(slot: Tensor, nbytes: int, into: Tensor) -> bool:
+    """As shorten, in as few bits as there is room for in `into`."""
+    kernels = library.load()
+    if kernels is None:
+        return False
+    if kernels.compact(slot.data_ptr(), _numbers(nbytes), into.data_ptr(), into.numel()):
+        return True
+    return into.numel() >= short_bytes(nbytes) and shorten(slot, nbytes, into)
+
+
 def restore(short: Tensor, nbytes: int, slot: Tensor) -> None:
-    """What `shorten` was given, to `slot`."""
+    """What `shorten` or `compact` was given, to `slot`."""
     kernels = library.load()
     if kernels is None:
         restore_plain(short, nbytes, slot)
@@ -103,21 +114,48 @@ def restore_plain(short: Tensor, nbytes: int, slot: Tensor) -> None:
 
 def can_shorten(experts: Extents, checkpoint: Checkpoint) -> bool:
     """Whether all slots hold bf16, and the start of some tensors can be shortened here."""
+    samples = _samples(experts, checkpoint)
+    return bool(samples) and all(
+        shorten(sample, len(sample), torch.empty(short_bytes(len(sample)), dtype=torch.uint8)) for sample in samples
+    )
+
+
+def compact_bytes(experts: Extents, checkpoint: Checkpoint, nbytes: int) -> int | None:
+    """Bytes in which `compact` will probably keep each expert of `nbytes` bytes; None where it cannot.
+
+    Judged by the start of some tensors. An expert that does not fit is not kept.
+    """
+    kernels = library.load()
+    samples = _samples(experts, checkpoint)
+    if kernels is None or not samples:
+        return None
+    shares = []
+    for sample in samples:
+        memory = torch.empty(2 * len(sample) + SAMPLE, dtype=torch.uint8)
+        taken = kernels.compact(sample.data_ptr(), _numbers(len(sample)), memory.data_ptr(), len(memory))
+        shares.append(taken / len(sample))
+    least = math.ceil(max(shares) * MARGIN * nbytes) if all(shares) else nbytes
+    if least < short_bytes(nbytes):
+        return least
+    return short_bytes(nbytes) if can_shorten(experts, checkpoint) else None
+
+
+def _samples(experts: Extents, checkpoint: Checkpoint) -> list[Tensor]:
+    """The start of every tensor of an expert in some layers, bytes of bf16; none where slots hold others."""
     dtypes = [{field.dtype for field in layout.fields} for layout in experts.layouts]
     if any(each != {torch.bfloat16} for each in dtypes) or library.load() is None:
-        return False
+        return []
     step = -(-len(dtypes) // LAYERS)
     parts = [part for layer in range(0, len(dtypes), step) for part in experts.parts(layer, 0)]
-    return all(_start_is_short(checkpoint, part) for part in parts)
+    return [_start(checkpoint, part) for part in parts] if all(part.offset % 2 == 0 for part in parts) else []
 
 
-def _start_is_short(checkpoint: Checkpoint, part: Part) -> bool:
+def _start(checkpoint: Checkpoint, part: Part) -> Tensor:
     nbytes = min(SAMPLE, part.nbytes)
     start = checkpoint.shard(part.info.file).pread(part.offset, nbytes, part.info.name, shift=0)
     if part.info.dtype != torch.uint8:
         start = start.view(part.info.dtype).to(torch.bfloat16).view(torch.uint8)
-    nbytes = len(start) // (2 * _BLOCK) * 2 * _BLOCK
-    return part.offset % 2 == 0 and shorten(start, nbytes, torch.empty(short_bytes(nbytes), dtype=torch.uint8))
+    return start[: len(start) // (2 * _BLOCK) * 2 * _BLOCK]
 
 
 def _numbers(nbytes: int) -> int:

@@ -23,6 +23,7 @@ _X86 = {
     "product_avx2": ("-mavx2", "-mfma", "-mf16c"),
     "product_avx512": ("-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"),
     "order_lanes": ("-mavx2", "-mfma"),
+    "levels": ("-mavx2", "-mbmi2", "-mpopcnt"),
     "order_pairs": ("-mavx512bw", "-mavx512vl", "-mavx512bf16"),
 }
 _ARM: dict[str, tuple[str, ...]] = {"product_neon": ()}
@@ -73,8 +74,8 @@ def compile_objects(cc: Sequence[str], folder: Path, machine: str, flags: Sequen
             made.append(_compile(cc, name, folder, (*flags, *own)))
         except BuildError:
             continue  # an older compiler: it does without
-        defines.append(f"-DMOEDGE_{name.split('_')[1].upper()}")
-    for name in ("product_scalar", "layer", "linear", "exact", "attention", "quantise", "shorten", "pool"):
+        defines.append(f"-DMOEDGE_{name.split('_')[-1].upper()}")
+    for name in ("product_scalar", "layer", "linear", "exact", "attention", "quantise", "shorten", "read", "pool"):
         made.append(_compile(cc, name, folder, (*flags, *defines)))
     return made
 

@@ -137,6 +137,12 @@ class Product(Structure):
     )
 
 
+class Piece(Structure):
+    """moedge_piece of moedge.h."""
+
+    _fields_ = (("offset", c_int64), ("nbytes", c_int64), ("to", c_void_p))
+
+
 class Library:
     """The functions of one compiled library, with one variant. `variant` is its name."""
 
@@ -187,6 +193,10 @@ class Library:
         """bf16 numbers to 12 bits each, without loss; False where their exponents differ too much."""
         return bool(self._c.moedge_shorten(numbers, count, out))
 
+    def compact(self, numbers: int, count: int, out: int, room: int) -> int:
+        """bf16 numbers in as few bits as their exponents allow: the bytes written; 0 where `room` is too little."""
+        return int(self._c.moedge_compact(numbers, count, out, room))
+
     def restore(self, shortened: int, count: int, out: int) -> None:
         self._c.moedge_restore(self._variant, shortened, count, out)
 
@@ -205,6 +215,11 @@ class Library:
     def dequantise(self, matrix: Matrix, extent: int, rows: tuple[int, int], bf16: bool, out: int) -> None:
         """Rows from, to of a stored matrix to the address `out`, as fp32 or bf16."""
         self._c.moedge_dequantise(self._variant, byref(matrix), extent, *rows, bf16, out)
+
+    def read(self, file: int, pieces: Sequence[Piece], ends: tuple[int, int], block: int, size: int) -> int:
+        """Pieces of a file between two offsets, through a block of memory: the bytes read, -1 where that failed."""
+        array = (Piece * len(pieces))(*pieces)
+        return int(self._c.moedge_read(file, array, len(pieces), *ends, block, size))
 
     def read_sum(self, address: int, nbytes: int, threads: int) -> int:
         """Read memory once, as fast as it goes."""
@@ -234,11 +249,15 @@ def _functions(path: Path) -> Any:
     c.moedge_dequantise.argtypes = (c_int, POINTER(Matrix), c_void_p, c_int, c_int, c_int, c_void_p)
     c.moedge_short_bytes.restype, c.moedge_short_bytes.argtypes = ctypes.c_size_t, (c_int64,)
     c.moedge_shorten.restype, c.moedge_shorten.argtypes = c_int, (c_void_p, c_int64, c_void_p)
+    c.moedge_compact.restype = ctypes.c_size_t
+    c.moedge_compact.argtypes = (c_void_p, c_int64, c_void_p, ctypes.c_size_t)
     c.moedge_restore.restype, c.moedge_restore.argtypes = None, (c_int, c_void_p, c_int64, c_void_p)
     c.moedge_order_name.restype = c_char_p
     c.moedge_product_workspace.restype = ctypes.c_size_t
     c.moedge_product_workspace.argtypes = (POINTER(Product), c_int)
     c.moedge_one_row.restype, c.moedge_one_row.argtypes = None, (c_int, POINTER(Product), c_int)
+    c.moedge_read.restype = c_int64
+    c.moedge_read.argtypes = (c_int, POINTER(Piece), c_int, c_int64, c_int64, c_void_p, c_int64)
     c.moedge_read_sum.restype, c.moedge_read_sum.argtypes = ctypes.c_uint64, (c_int, c_void_p, ctypes.c_size_t, c_int)
     return c
 

@@ -147,6 +147,14 @@ typedef struct {
     int32_t rows, columns, order, step;
 } moedge_product;
 
+/* Where bytes of a file are to go. */
+typedef struct {
+    int64_t offset, nbytes;
+    uint8_t *to;
+} moedge_piece;
+
+enum { MOEDGE_PAGE = 4096 };
+
 const char *moedge_sources(void);        /* hash of the sources that this library was built from */
 int moedge_variants(void);               /* how many variants were compiled in, best last */
 const char *moedge_variant_name(int variant);
@@ -167,6 +175,9 @@ void moedge_dequantise(int variant, const moedge_matrix *matrix, const uint8_t *
 /* bf16 numbers, a multiple of 32 of them and fewer than 2^32, in 12 bits each and back, bit for bit. */
 size_t moedge_short_bytes(int64_t count);
 int moedge_shorten(const uint16_t *x, int64_t count, uint8_t *out); /* 1; 0 where their exponents differ too much */
+/* As moedge_shorten, but smaller by as much as their exponents allow: the bytes written, or 0 where that is more than
+   `room`, or this processor cannot. */
+size_t moedge_compact(const uint16_t *x, int64_t count, uint8_t *out, size_t room);
 void moedge_restore(int variant, const uint8_t *from, int64_t count, uint16_t *x);
 /* Numbers begin to end of them, both multiples of 32. */
 void moedge_restore_some(int variant, const uint8_t *from, int64_t count, int64_t begin, int64_t end, uint16_t *x);
@@ -175,6 +186,10 @@ const char *moedge_order_name(int order);
 int moedge_order_runs(int order); /* whether this processor has its instructions */
 size_t moedge_product_workspace(const moedge_product *call, int threads);
 void moedge_one_row(int variant, const moedge_product *call, int threads);
+/* Pieces of a file from `begin`, a multiple of MOEDGE_PAGE, to `end`, read in pages through `block` of `size` bytes: the
+   bytes read, or -1 where that failed or the file ends before. */
+int64_t moedge_read(int file, const moedge_piece *pieces, int count, int64_t begin, int64_t end, uint8_t *block,
+                    int64_t size);
 uint64_t moedge_read_sum(int variant, const uint8_t *memory, size_t nbytes, int threads); /* reads it all, once */
 
 #endif

@@ -3,6 +3,7 @@
    Compiled with -mavx512bw -mavx512vl -mavx512bf16. */
 
 #include <immintrin.h>
+#include <string.h>
 
 #include "order.h"
 
@@ -53,8 +54,9 @@ static inline __m512 add_tile(__m512 sum, const uint16_t *w, const int64_t *at, 
     }
     transpose(r);
     for (int i = 0; i < LANES; i++) {
-        __m512i pair = _mm512_set1_epi32(*(const int32_t *)(const void *)(x + 2 * i));
-        sum = _mm512_dpbf16_ps(sum, (__m512bh)pair, (__m512bh)r[i]);
+        int32_t pair;
+        memcpy(&pair, x + 2 * i, sizeof pair);
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)r[i]);
     }
     return sum;
 }

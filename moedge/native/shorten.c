@@ -7,6 +7,9 @@
 
 #include "moedge.h"
 #include "product.h"
+#ifdef MOEDGE_LEVELS
+#include "levels.h"
+#endif
 
 enum { CODES = 15, HEAD = 64, SAMPLE = 31, FEW = 2048 }; /* one in SAMPLE is looked at to find the base, of few all */
 
@@ -99,6 +102,12 @@ void moedge_restore_some(int v, const uint8_t *from, int64_t count, int64_t begi
     parts p = parts_of(count);
     head h;
     memcpy(&h, from, sizeof h);
+#ifdef MOEDGE_LEVELS
+    if (h.base == LEVELS) {
+        moedge_levels_restore(from, count, begin, end, x);
+        return;
+    }
+#endif
     const uint8_t *rest = from + HEAD + begin, *codes = from + p.codes + begin / 2;
     moedge_variant(v)->restore(rest, codes, (uint16_t)(h.base - 1), end - begin, x);
     for (uint32_t i = find_listed(from + p.places, h.listed, begin); i < h.listed; i++) {
@@ -112,3 +121,14 @@ void moedge_restore_some(int v, const uint8_t *from, int64_t count, int64_t begi
 void moedge_restore(int v, const uint8_t *from, int64_t count, uint16_t *x) {
     moedge_restore_some(v, from, count, 0, count, x);
 }
+
+#ifdef MOEDGE_LEVELS
+size_t moedge_compact(const uint16_t *x, int64_t count, uint8_t *out, size_t room) {
+    return moedge_levels_run() ? moedge_levels_encode(x, count, out, room) : 0;
+}
+#else
+size_t moedge_compact(const uint16_t *x, int64_t count, uint8_t *out, size_t room) {
+    (void)x, (void)count, (void)out, (void)room;
+    return 0;
+}
+#endif

@@ -16,7 +16,7 @@ from moedge.models.expert_map import largest
 from moedge.models.lean import forget_code
 from moedge.models.load import Blueprint
 from moedge.models.packed_experts import PackedExperts
-from moedge.models.shorten import can_shorten, short_bytes
+from moedge.models.shorten import compact_bytes
 from moedge.runtime.device import private_memory, process_memory, return_freed_memory
 from moedge.runtime.extents import SCRATCH
 from moedge.runtime.growing import bytes_beyond_windows
@@ -53,7 +53,7 @@ class Plan:
     num_experts: tuple[int, ...]
     spare: int  # slots besides, for reads under way
     slot_bytes: int  # of each expert that stays
-    short: bool  # whether these are kept in 12 bits a number
+    short: bool  # whether these are kept in fewer bits than they are read in
     context: int | None
     parallel: int
     prefill_chunk: int
@@ -132,18 +132,18 @@ def make_plan(
 
 
 def _shorter_slots(blueprint: Blueprint, stride: int) -> int | None:
-    """Bytes of a slot for experts in 12 bits a number, where they can be kept so."""
+    """Bytes of a slot for experts in fewer bits, where they can be kept so."""
     experts = blueprint.experts
-    if experts.short or not can_shorten(experts, blueprint.checkpoint):
-        return None
-    return whole_pages(short_bytes(stride))
+    found = None if experts.short else compact_bytes(experts, blueprint.checkpoint, stride)
+    return None if found is None else whole_pages(found)
 
 
 def _slots_row(stay: int, slot: int, spare: int, stride: int) -> Row:
     if slot == stride:
         basis = f"{stay + spare} of {format_size(stride)}, {spare} of them for reads under way"
     else:
-        basis = f"{stay} of {format_size(slot)}, 12 bits a number (exact); {spare} of {format_size(stride)} for reads"
+        bits = f"{16 * slot / stride:.1f} bits a number (exact)"
+        basis = f"{stay} of {format_size(slot)}, {bits}; {spare} of {format_size(stride)} for reads"
     return Row("expert slots", stay * slot + spare * stride, basis)
 
 

@@ -203,7 +203,8 @@ def _assemble(
         put_fast_paths(model, blueprint.anatomy, sources)
     else:
         put_row_products(model)
-    store = DiskStore(experts, DirectReader(blueprint.checkpoint), caches, plan.spare, plan.short)
+    short = plan.slot_bytes if plan.short else None
+    store = DiskStore(experts, DirectReader(blueprint.checkpoint), caches, plan.spare, short)
     return LM(model, tokenizer, store, plan, blueprint, sources)
 
 

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from moedge.models.anatomy import Anatomy, MoeLayer, decoder_layer
+from moedge.runtime.product import product
 from moedge.runtime.store import Glimpse
 
 WORTH = 0.8  # a place in the order is read while it is right this often
@@ -100,7 +100,8 @@ class _Target:
         if self._norm is None or not isinstance(weight, Tensor) or weight.dim() != 2:
             return []
         with torch.inference_mode():
-            scores = linear(self._norm(hidden)[0, 0].to(weight.dtype), weight, bias)  # [E]
+            scores = product(self._norm(hidden)[0].to(weight.dtype), {"weight": weight}, "weight")[0]  # [E]
+            scores = scores if bias is None else scores + bias
         self._last = [expert for expert in scores.topk(self._top_k).indices.tolist() if expert not in resident]
         return [expert for expert, right in zip(self._last, self._right, strict=False) if right >= WORTH]
 

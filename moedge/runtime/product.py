@@ -6,6 +6,7 @@ is used only after it gave torch's bits, and no other did. Knows matrices; no ex
 """
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -17,10 +18,11 @@ from moedge.native import library as native
 from moedge.native.library import Library, Product
 from moedge.runtime.kernels import workspace_of
 
-PROBES = 8  # inputs that are tried before an order is taken for torch's
-CANCELLED = 128  # rows of a matrix whose products with them nearly cancel
+PROBES = 4096  # products that nearly cancel, and are compared before an order is taken for torch's
+CANCELLED = 128  # rows of a matrix that have them with one input
 WIDTH = 32  # rows of a matrix must have a multiple of so many numbers
 SMALL = 1 << 22  # bytes of a matrix that one thread multiplies faster than several: these have to be woken
+SMALL_SHORT = 1 << 20  # and of one in fewer bits, which takes longer
 _STEPS = {"pairs": (64, 128, 256, 512, 1024, 2048, 4096), "lanes": (32, 64)}  # of the orders of native/order.h
 
 
@@ -77,6 +79,7 @@ def _is_row(x: Tensor) -> bool:
         and columns % WIDTH == 0
         and x.dim() > 1
         and x.is_contiguous()
+        and x.is_cpu
         and not torch.is_grad_enabled()
     )
 
@@ -87,17 +90,24 @@ def _times(call: Product, x: Tensor, rows: int, order: Order, library: Library, 
     out = x.new_empty(*x.shape[:-1], rows)
     call.x, call.out = x.data_ptr(), out.data_ptr()
     call.rows, call.columns, call.order, call.step = rows, columns, *order
-    threads = 1 if 2 * rows * columns < SMALL else threads
-    call.workspace = workspace_of(library.product_workspace(call, threads)).data_ptr()
+    threads = 1 if 2 * rows * columns < (SMALL_SHORT if call.shortened else SMALL) else threads
+    call.workspace = workspace_of(_workspace_bytes(library, columns, call.shortened is not None, threads)).data_ptr()
     library.one_row(call, threads)
     return out
+
+
+@cache
+def _workspace_bytes(library: Library, columns: int, shortened: bool, threads: int) -> int:
+    call = Product(columns=columns)
+    call.shortened = 1 if shortened else None  # any address: it is not read
+    return library.product_workspace(call, threads)
 
 
 def find_order(weight: Tensor, dimensions: int, library: Library) -> Order | None:
     """The one order that gives torch's bits for `weight` [O, I]; None where none does, or several.
 
     Two orders seldom differ in a bit that is left after rounding to bf16, except where terms cancel. So the inputs are
-    random ones made orthogonal to some rows; then a wrong order is seen in one of 20 to 50 of these rows' products.
+    random ones made orthogonal to some rows; then a wrong order is seen in one of 20 to 225 of these rows' products.
     """
     orders = list(_orders(weight.shape[1], library))
     for x in _telling(weight):
@@ -116,7 +126,7 @@ def _telling(weight: Tensor) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(0)
     some = torch.randperm(rows, generator=generator)[: min(CANCELLED, columns // 2)]
     basis = torch.linalg.qr(weight[some].float().T).Q  # [I, R]
-    for _ in range(PROBES):
+    for _ in range(-(-PROBES // len(some))):
         x = torch.randn(columns, generator=generator)
         yield (x - basis @ (basis.T @ x)).to(weight.dtype)
 

@@ -17,6 +17,8 @@ import torch
 from moedge.errors import CheckpointError
 from moedge.models.checkpoint import Checkpoint, ShardFile
 from moedge.models.expert_map import Part
+from moedge.native import library
+from moedge.native.library import Piece
 from moedge.units import PAGE, whole_pages
 
 BLOCK = 1 << 20  # bytes per read: enough for full disk speed, and what is copied from it is still in the CPU cache
@@ -80,6 +82,21 @@ class _DirectFile:
         """Read the run in blocks of the aligned superset and hand each target its bytes."""
         start, end = run[0][0].offset, max(part.offset + part.nbytes for part, _ in run)
         begin = start // PAGE * PAGE
+        count = self._read_natively(run, begin, end, buffer) or self._read_blocks(run, begin, end, buffer)
+        for part, _ in run:
+            self._shard.check_unchanged(part.info.name)
+        return count
+
+    def _read_natively(self, run: Sequence[Target], begin: int, end: int, buffer: mmap.mmap) -> int:
+        """One call for the whole run: the bytes read, or 0 where there are no kernels, or something is wrong."""
+        kernels = library.load() if self.direct else None
+        if kernels is None:
+            return 0
+        pieces = [Piece(part.offset, part.nbytes, target.data_ptr()) for part, target in run]
+        block = torch.frombuffer(buffer, dtype=torch.uint8)
+        return max(0, kernels.read(self._fd, pieces, (begin, end), block.data_ptr(), BLOCK))
+
+    def _read_blocks(self, run: Sequence[Target], begin: int, end: int, buffer: mmap.mmap) -> int:
         block, count = np.frombuffer(buffer, dtype=np.uint8), 0
         for at in range(begin, end, BLOCK):
             want = min(BLOCK, whole_pages(end - at))
@@ -89,8 +106,6 @@ class _DirectFile:
                 low, high = max(part.offset, at), min(part.offset + part.nbytes, at + got)
                 if low < high:
                     np.copyto(target.numpy()[low - part.offset : high - part.offset], block[low - at : high - at])
-        for part, _ in run:
-            self._shard.check_unchanged(part.info.name)
         return count
 
     def read_extent(self, part: Part, memory: torch.Tensor) -> int:

@@ -8,7 +8,6 @@ import torch
 
 from moedge.models.expert_map import ExpertMap, largest
 from moedge.models.packed_experts import PackedExperts
-from moedge.models.shorten import short_bytes
 from moedge.units import whole_pages
 
 
@@ -45,13 +44,13 @@ class SlotSets(NamedTuple):
     used: Slots  # what is computed with
 
 
-def slot_sets(experts: ExpertMap | PackedExperts, stay: int, spare: int, short: bool) -> SlotSets:
-    """Slots for `stay` experts and for `spare` reads under way. `short`: experts read as they are stay in 12 bits."""
+def slot_sets(experts: ExpertMap | PackedExperts, stay: int, spare: int, short: int | None) -> SlotSets:
+    """Slots for `stay` experts and for `spare` reads under way. `short`: bytes of one that stays, if in fewer bits."""
     if experts.short:
         read = Slots(stay + spare, experts.slot_bytes)
         return SlotSets(read, read, Slots(1, largest(experts.layouts)))
-    if short:
+    if short is not None:
         read = Slots(spare, experts.slot_bytes)
-        return SlotSets(read, Slots(stay, short_bytes(experts.slot_bytes)), read)
+        return SlotSets(read, Slots(stay, short), read)
     one = Slots(stay + spare, experts.slot_bytes)
     return SlotSets(one, one, one)

@@ -19,7 +19,8 @@ import torch
 
 from moedge.models.expert_map import ExpertMap
 from moedge.models.packed_experts import PackedExperts
-from moedge.models.shorten import ShortExpert, restore, shorten
+from moedge.models.shorten import ShortExpert, restore
+from moedge.runtime.keeper import Keeper
 from moedge.runtime.policy import LayerCache
 from moedge.runtime.reader import DirectReader, Target
 from moedge.runtime.slots import Slots, slot_sets
@@ -128,7 +129,7 @@ def _read_extent(experts: PackedExperts, reader: DirectReader, layer: int, exper
 class DiskStore:
     """Experts on disk, as many in memory as there are slots.
 
-    `caches[l].capacity` experts of layer l stay between events, with `short` in 12 bits a number; `spare` more slots
+    `caches[l].capacity` experts of layer l stay between events, with `short` in so many bytes each; `spare` more slots
     (at least 1, best the experts of one token) hold what is being read. Events exclude each other: a second thread
     waits until the first is done.
     """
@@ -139,7 +140,7 @@ class DiskStore:
         reader: DirectReader,
         caches: Sequence[LayerCache],
         spare: int,
-        short: bool = False,
+        short: int | None = None,
     ) -> None:
         self.counters = Counters()
         self.caches = tuple(caches)
@@ -147,6 +148,7 @@ class DiskStore:
         self._map, self._reader = experts, reader
         self._slots = slot_sets(experts, sum(c.capacity for c in caches), spare, short)
         self._held: tuple[dict[int, int], ...] = tuple({} for _ in caches)  # per layer: resident expert -> kept slot
+        self._keeper = Keeper(self._slots, self._lose)
         self._ahead: dict[tuple[int, int], tuple[Future[int], int]] = {}  # (layer, expert) -> its early read, its slot
         self._pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="moedge-read")
         self._early = ThreadPoolExecutor(1, thread_name_prefix="moedge-ahead")  # one by one, the likeliest first
@@ -190,6 +192,7 @@ class DiskStore:
         if not self._event.acquire(blocking=False):  # another thread's event is under way, it needs the slots
             return
         try:
+            self._keeper.settle()
             free = self._slots.read.free
             for expert in experts:
                 if len(free) < 2:  # one remains, so that an event of any layer gets on
@@ -239,16 +242,16 @@ class DiskStore:
         return ShortExpert(memory, nbytes, partial(self._map.place, layer, expert), restored)
 
     def _keep(self, layer: int, expert: int, slot: int) -> None:
-        """The expert that was read into `slot` stays from now on, unless it cannot be shortened."""
+        """The expert that was read into `slot` stays from now on."""
         if self._slots.kept is self._slots.read:
             self._held[layer][expert] = slot
             return
-        kept = self._slots.kept.free.pop()
-        if shorten(self._slots.read[slot], self._map.layouts[layer].nbytes, self._slots.kept[kept]):
-            self._held[layer][expert] = kept
-        else:
-            self._slots.kept.free.append(kept)
-        self._slots.read.free.append(slot)
+        self._held[layer][expert] = self._keeper.keep(layer, expert, slot, self._map.layouts[layer].nbytes)
+
+    def _lose(self, layer: int, expert: int) -> None:
+        """The expert cannot stay, as it takes more bits than there is room for."""
+        self._slots.kept.free.append(self._held[layer].pop(expert))
+        self.caches[layer].forget(expert)
 
     def _load(self, layer: int, expert: int, slot: int) -> int:
         """Bring one expert into a slot (on a reading thread). Returns the bytes read."""
@@ -257,6 +260,7 @@ class DiskStore:
     def close(self) -> None:
         for pool in (self._early, self._pool):
             pool.shutdown(wait=True, cancel_futures=True)
+        self._keeper.close()
         self._reader.close()
 
 
@@ -268,6 +272,7 @@ class _Event:
     """
 
     def __init__(self, store: DiskStore, layer: int, experts: Sequence[int], weights: Sequence[float] | None) -> None:
+        store._keeper.settle(layer)
         access = store.caches[layer].access(experts, weights)
         self._store, self._layer, self._access = store, layer, access
         self._leaving = frozenset(access.evicted)
@@ -289,7 +294,9 @@ class _Event:
     def _start_reads(self, leave: int = 0) -> None:
         """As many as there are free slots, but for `leave`."""
         free = self._slots.read.free
-        while self._waiting and len(free) > leave:
+        while self._waiting and (len(free) > leave or self._store._keeper.wait_for_one()):
+            if len(free) <= leave:
+                continue
             expert, slot = self._waiting.popleft(), free.pop()
             self._reading[self._store._pool.submit(self._store._load, self._layer, expert, slot)] = (expert, slot)
 
@@ -335,6 +342,8 @@ class _Event:
     def _short(self, experts: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, Parameters]]]:
         free = self._slots.used.free
         for expert, slot in experts:
+            if not free:
+                self._store._keeper.wait_for_one()
             used = free.pop()
             try:
                 yield [(expert, self._store._short(self._layer, expert, slot, used))]

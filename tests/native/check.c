@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "backbone.h"
+#include "exact.h"
 #include "matrix.h"
 
 static double act(const moedge_expert *e, double gate, double up) {
@@ -194,6 +195,8 @@ int main(int count, char **arguments) {
             check_norm();
             check_decoder(v, rounds % 6 == MOEDGE_F16 ? MOEDGE_BF16 : rounds % 6);
             check_shortening(v);
+            check_restore_some(v);
+            check_one_row(v);
             check_rounding(v, rounds % 2 ? MOEDGE_INT8 : MOEDGE_INT4);
         }
         printf("%s: %d rounds\n", moedge_variant_name(v), rounds);

@@ -12,7 +12,7 @@ from moedge.runtime.lm import LM, load
 
 @pytest.fixture
 def load_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LM]:
-    """`load_with(capacity, folder)`: loaded with slots for so many experts per layer, with `short` in 12 bits."""
+    """`load_with(capacity, folder)`: loaded with slots for so many experts per layer, with `short` in fewer bits."""
 
     def call(capacity: int, folder: Path, short: bool = False, **settings: Any) -> LM:
         def plan(*args: Any, **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from moedge.errors import CheckpointError
 from moedge.models.checkpoint import Checkpoint
 from moedge.models.expert_map import Part
+from moedge.native.library import Library
 from moedge.runtime import reader as module
 from moedge.runtime.reader import DirectReader, Target
 
@@ -28,6 +29,18 @@ def checkpoint(tmp_path: Path) -> Iterator[Checkpoint]:
     opened = Checkpoint(tmp_path)
     yield opened
     opened.close()
+
+
+@pytest.fixture
+def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the C kernels, which read what they can in one call."""
+    monkeypatch.setattr(module.library, "load", lambda: None)
+
+
+@pytest.fixture(params=["in one call", "in blocks"], autouse=True)
+def both_ways(request: pytest.FixtureRequest) -> None:
+    if request.param == "in blocks":
+        request.getfixturevalue("in_blocks")
 
 
 def targets(checkpoint: Checkpoint) -> list[Target]:
@@ -50,6 +63,12 @@ def test_any_block_size_gives_the_bytes(checkpoint: Checkpoint, monkeypatch: pyt
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     assert total <= check(checkpoint, reader) <= total + 3 * 4096
     reader.close()
+
+
+def test_what_one_call_cannot_read_is_read_in_blocks(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = DirectReader(checkpoint)
+    monkeypatch.setattr(Library, "read", lambda *_: -1)
+    check(checkpoint, reader)
 
 
 def test_parts_far_apart_are_separate_reads(checkpoint: Checkpoint) -> None:
@@ -85,6 +104,7 @@ def refuse_reading(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="this system has no O_DIRECT to refuse")
+@pytest.mark.usefixtures("in_blocks")
 @pytest.mark.parametrize("refuse", [refuse_opening, refuse_reading])
 def test_buffered_where_direct_reads_are_refused(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, refuse: Callable[[pytest.MonkeyPatch], None]
@@ -103,6 +123,7 @@ def test_plain_reads_where_the_system_has_neither(checkpoint: Checkpoint, monkey
     assert not reader.bypasses_page_cache
 
 
+@pytest.mark.usefixtures("in_blocks")
 def test_a_disk_error_names_file_and_tensor(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object) -> int:
         raise OSError(errno.EIO, "Input/output error")
@@ -121,6 +142,7 @@ def test_truncated_while_open(checkpoint: Checkpoint) -> None:
         reader.read(targets(checkpoint))
 
 
+@pytest.mark.usefixtures("in_blocks")
 def test_short_file_that_looks_unchanged_is_truncated(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = DirectReader(checkpoint)
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: 0)

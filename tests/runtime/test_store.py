@@ -14,7 +14,9 @@ import torch
 
 from moedge.errors import CheckpointError
 from moedge.models.load import Blueprint, draw
-from moedge.runtime import store as store_module
+from moedge.models.shorten import short_bytes
+from moedge.native.library import Library
+from moedge.runtime import keeper
 from moedge.runtime.policy import LayerCache, Lru
 from moedge.runtime.reader import DirectReader, Target
 from moedge.runtime.store import DiskStore, MemoryStore
@@ -22,11 +24,13 @@ from moedge.runtime.store import DiskStore, MemoryStore
 SHORT = False
 
 
-@pytest.fixture(params=[False, True], ids=["as they are", "in 12 bits"], autouse=True)
+@pytest.fixture(params=["as they are", "in 12 bits", "in fewest bits"], autouse=True)
 def short(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """In what form the stores of `opened` keep experts."""
-    chosen: bool = request.param
+    chosen = request.param != "as they are"
     monkeypatch.setattr(sys.modules[__name__], "SHORT", chosen)
+    if request.param == "in 12 bits":
+        monkeypatch.setattr(Library, "compact", lambda *_: 0)
     return chosen
 
 
@@ -50,13 +54,16 @@ def opened(
 ) -> Iterator[DiskStore]:
     layers = blueprint.anatomy.layers
     caches = [LayerCache(x.num_experts, capacity, Lru(x.num_experts, capacity)) for x in layers]
-    store = DiskStore(blueprint.experts, reader or DirectReader(blueprint.checkpoint), caches, spare, SHORT)
+    room = short_bytes(blueprint.experts.slot_bytes) if SHORT else None
+    store = DiskStore(blueprint.experts, reader or DirectReader(blueprint.checkpoint), caches, spare, room)
     yield store
     store.close()
 
 
 def free_slots(store: DiskStore) -> int:
-    """All that are free; experts that stay in 12 bits have slots of their own."""
+    """All that are free once nothing is under way; experts that stay in fewer bits have slots of their own."""
+    while store._keeper.wait_for_one():
+        pass
     return sum(len(slots.free) for slots in {id(slots): slots for slots in store._slots}.values())
 
 
@@ -231,11 +238,11 @@ def test_a_guess_during_an_event_waits_for_nothing(blueprint: Blueprint) -> None
 def test_an_expert_that_cannot_be_shortened_is_used_and_not_kept(
     blueprint: Blueprint, short: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "shorten", lambda *_: False)
+    monkeypatch.setattr(keeper, "compact", lambda *_: False)
     with opened(blueprint, capacity=2, spare=2) as store:
         free = free_slots(store)
         for _ in range(3):
             check(blueprint, store, 0, [1, 2])
+        assert free_slots(store) + (0 if short else 2) == free
         assert store.resident(0) == store.caches[0].resident == (set() if short else {1, 2})
-        assert free_slots(store) + len(store.resident(0)) == free
         assert store.counters.hits == (0 if short else 4)
