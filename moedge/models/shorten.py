@@ -33,7 +33,7 @@ class Extents(Protocol):
 
 
 class ShortExpert(Mapping[str, Tensor]):
-    """The parameters of an expert in 12 bits a number: restored, all at once, when the first of them is asked for.
+    """The parameters of an expert in fewer bits: restored, all at once, when the first of them is asked for.
 
     `memory` holds the expert, `nbytes` bytes when restored; `place` says where each parameter begins then.
     """

@@ -1,4 +1,4 @@
-"""Brings experts that were read into the fewer bits in which they stay, on a thread of its own: decoding goes on
+"""Brings experts that were read into the fewer bits in which they stay, on threads of its own: decoding goes on
 meanwhile. Knows slots; no disk, no cache.
 """
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from moedge.models.shorten import compact
 from moedge.runtime.slots import SlotSets
+
+THREADS = 3  # the first expert of a slot waits for the memory, on some machines longer than for the disk
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Keeper:
     def __init__(self, slots: SlotSets, lost: Callable[[int, int], None]) -> None:
         self._slots, self._lost = slots, lost
         self._pending: list[_Pending] = []
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="moedge-keep")
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="moedge-keep")
 
     def keep(self, layer: int, expert: int, slot: int, nbytes: int) -> int:
         """The slot in which an expert that was read into `slot` will stay, once it is settled."""

@@ -1,6 +1,6 @@
 """One row times a matrix of bf16, bit-equal to torch's product and faster: the C kernels add in torch's own order.
 
-In decoding every product is of this kind. The kernels read a matrix once, where it lies, also in 12 bits a number. In
+In decoding every product is of this kind. The kernels read a matrix once, where it lies, also in fewer bits. In
 which order torch adds depends on the processor, the shape and the number of threads, and is found by trying: an order
 is used only after it gave torch's bits, and no other did. Knows matrices; no experts, no disk.
 """

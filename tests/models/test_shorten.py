@@ -13,7 +13,16 @@ import moedge
 from moedge.models import shorten as module
 from moedge.models.expert_map import Field
 from moedge.models.load import draw
-from moedge.models.shorten import ShortExpert, can_shorten, restore, restore_plain, short_bytes, shorten
+from moedge.models.shorten import (
+    ShortExpert,
+    can_shorten,
+    compact,
+    compact_bytes,
+    restore,
+    restore_plain,
+    short_bytes,
+    shorten,
+)
 from moedge.native import library
 from moedge.runtime import product as product_module
 from moedge.runtime.pack import pack
@@ -53,6 +62,85 @@ def test_weights_with_rare_extremes_come_back(seed: int, blocks: int, size: floa
     short = shortened(numbers)
     assert short is not None
     assert torch.equal(restored(short, len(numbers)).view(torch.int16), numbers.view(torch.int16))
+
+
+def compacted(numbers: torch.Tensor) -> torch.Tensor:
+    """The bytes that `compact` makes, no more."""
+    kernels = library.load()
+    assert kernels is not None
+    memory = torch.empty(4 * numbers.numel() + 4096, dtype=torch.uint8)
+    taken = kernels.compact(numbers.data_ptr(), numbers.numel(), memory.data_ptr(), len(memory))
+    if not taken:
+        pytest.skip("this processor has not the instructions")
+    return memory[:taken].clone()
+
+
+@given(
+    st.integers(0, 2**32),
+    st.integers(1, 4000),
+    st.floats(-30, 30),
+    st.lists(st.tuples(st.integers(0, 2**20), st.integers(-(2**15), 2**15 - 1)), max_size=50),
+)
+def test_whatever_there_is_comes_back_from_fewest_bits(
+    seed: int, blocks: int, size: float, rare: list[tuple[int, int]]
+) -> None:
+    chance = torch.Generator().manual_seed(seed)
+    numbers = (torch.randn(32 * blocks, generator=chance) * 2.0**size).bfloat16()
+    numbers[: 32 * (blocks // 3)] *= 2**-9  # another matrix, with other sizes
+    for place, bits in rare:
+        numbers.view(torch.int16)[place % len(numbers)] = bits
+    short, again = compacted(numbers), torch.empty_like(numbers)
+    restore(short, 2 * len(numbers), again.view(torch.uint8))
+    assert torch.equal(again.view(torch.int16), numbers.view(torch.int16))
+
+
+@pytest.mark.parametrize("zeros", [0, 0.1, 0.9])
+def test_fewest_bits_are_close_to_the_entropy(zeros: float) -> None:
+    chance = torch.Generator().manual_seed(0)
+    numbers = (torch.randn(1 << 20, generator=chance) / 50).bfloat16()
+    numbers[torch.rand(1 << 20, generator=chance) < zeros] = 0
+    counts = (numbers.view(torch.int16).int() >> 7 & 255).bincount().double() / numbers.numel()
+    entropy = -float((counts[counts > 0] * counts[counts > 0].log2()).sum())
+    bits = 8 * len(compacted(numbers)) / numbers.numel() - 8
+    assert entropy <= bits <= max(2, entropy) + 0.25  # a level has two bits
+
+
+def test_what_does_not_fit_into_fewest_bits_goes_into_12_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = torch.randn(1 << 16).bfloat16()
+    raw, nbytes = numbers.view(torch.uint8), 2 * numbers.numel()
+    room = torch.empty(short_bytes(nbytes), dtype=torch.uint8)
+    assert not compact(raw, nbytes, room[: len(compacted(numbers)) - 1])
+    monkeypatch.setattr(library.Library, "compact", lambda *_: 0)
+    assert compact(raw, nbytes, room)
+    again = torch.empty_like(numbers)
+    restore(room, nbytes, again.view(torch.uint8))
+    assert torch.equal(again, numbers)
+    assert not compact(raw, nbytes, room[:-64])
+
+
+def test_slots_have_room_for_every_expert_of_mini() -> None:
+    drawn = draw(MINI)
+    nbytes = drawn.experts.slot_bytes
+    room = compact_bytes(drawn.experts, drawn.checkpoint, nbytes)
+    assert room is not None
+    assert room <= short_bytes(nbytes)
+    drawn.checkpoint.close()
+    with moedge.load(MINI) as lm:
+        for layer in lm.anatomy.layers:
+            for expert, parameters in lm.store.fetch(layer.index, range(layer.num_experts)):
+                numbers = torch.cat([value.flatten() for value in parameters.values()])
+                assert len(compacted(numbers)) <= room, (layer.index, expert)
+
+
+def test_without_the_instructions_slots_are_of_12_bits(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = draw(tiny("olmoe", dtype=torch.bfloat16))
+    monkeypatch.setattr(library.Library, "compact", lambda *_: 0)
+    assert compact_bytes(drawn.experts, drawn.checkpoint, 1 << 20) == short_bytes(1 << 20)
+    monkeypatch.setattr(module, "shorten", lambda *_: False)
+    assert compact_bytes(drawn.experts, drawn.checkpoint, 1 << 20) is None
+    drawn.checkpoint.close()
 
 
 def test_numbers_of_all_sizes_are_refused() -> None:

@@ -1,4 +1,4 @@
-/* One row times a matrix of bf16, plain and in 12 bits a number, and parts of what lies in 12 bits. */
+/* One row times a matrix of bf16, plain and in fewer bits a number, and parts of what lies in fewer bits. */
 
 #ifndef EXACT_H
 #define EXACT_H
@@ -21,8 +21,26 @@ static uint16_t *random_weights(int count) {
     return x;
 }
 
+/* As few bits as there can be, in memory that ends where they end; NULL where this processor cannot. */
+static uint8_t *compacted(const uint16_t *x, int count) {
+    static const moedge_matrix none = {.code = MOEDGE_BF16};
+    size_t room = (size_t)count * 3 + 4096;
+    uint8_t *large = allocate(room);
+    size_t taken = moedge_compact(x, count, large, room);
+    free(large);
+    if (!taken) return NULL;
+    uint8_t *out = allocate(taken - 1);
+    if (moedge_compact(x, count, out, taken - 1)) fail("numbers that do not fit", 0, &none, count, 1, 0);
+    free(out);
+    out = allocate(taken);
+    if (moedge_compact(x, count, out, taken) != taken) fail("numbers that just fit", 0, &none, count, 1, 0);
+    return out;
+}
+
 static uint8_t *shortened(const uint16_t *x, int count) {
     static const moedge_matrix none = {.code = MOEDGE_BF16};
+    uint8_t *compact = below(2) ? compacted(x, count) : NULL;
+    if (compact) return compact;
     uint8_t *out = allocate(moedge_short_bytes(count));
     if (!moedge_shorten(x, count, out)) fail("numbers that fit", 0, &none, count, 1, 0);
     return out;
