@@ -19,7 +19,8 @@ from moedge.native.library import Library, Product
 from moedge.runtime.kernels import workspace_of
 
 PROBES = 4096  # products that nearly cancel, and are compared before an order is taken for torch's
-CANCELLED = 128  # rows of a matrix that have them with one input
+CANCELLED = 1 << 19  # numbers of the rows that have them with one input
+OTHERS = 64  # as many other products tell as much as one of these
 WIDTH = 32  # rows of a matrix must have a multiple of so many numbers
 SMALL = 1 << 22  # bytes of a matrix that one thread multiplies faster than several: these have to be woken
 SMALL_SHORT = 1 << 20  # and of one in fewer bits, which takes longer
@@ -109,12 +110,12 @@ def find_order(weight: Tensor, dimensions: int, library: Library) -> Order | Non
     Two orders seldom differ in a bit that is left after rounding to bf16, except where terms cancel. So the inputs are
     random ones made orthogonal to some rows; then a wrong order is seen in one of 20 to 225 of these rows' products.
     """
-    orders = list(_orders(weight.shape[1], library))
+    orders, threads = list(_orders(weight.shape[1], library)), torch.get_num_threads()
     for x in _telling(weight):
         x = x.view(*[1] * (dimensions - 1), -1)
         expected = functional.linear(x, weight)
         call = Product(weight.data_ptr())
-        orders = [o for o in orders if torch.equal(_times(call, x, len(weight), o, library, 1), expected)]
+        orders = [o for o in orders if torch.equal(_times(call, x, len(weight), o, library, threads), expected)]
         if not orders:
             return None
     return orders[0] if len(orders) == 1 else None
@@ -124,9 +125,9 @@ def _telling(weight: Tensor) -> Iterator[Tensor]:
     """Inputs [I] for find_order."""
     rows, columns = weight.shape
     generator = torch.Generator().manual_seed(0)
-    some = torch.randperm(rows, generator=generator)[: min(CANCELLED, columns // 2)]
+    some = torch.randperm(rows, generator=generator)[: max(1, min(CANCELLED // columns, columns // 2))]
     basis = torch.linalg.qr(weight[some].float().T).Q  # [I, R]
-    for _ in range(-(-PROBES // len(some))):
+    for _ in range(-(-PROBES // (len(some) + rows // OTHERS))):
         x = torch.randn(columns, generator=generator)
         yield (x - basis @ (basis.T @ x)).to(weight.dtype)
 
