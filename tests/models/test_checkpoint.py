@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from moedge.errors import CheckpointError
 from moedge.models.checkpoint import INDEX, Checkpoint
+from moedge.models.load import draw
 
 
 @pytest.fixture
@@ -172,3 +173,14 @@ def test_shard_that_shrinks_while_open(folder: Path) -> None:
     os.truncate(last.file, last.offset + 1)
     with pytest.raises(CheckpointError, match=last.name):
         checkpoint.read(last.name)
+
+
+def test_only_experts_that_are_converted_take_memory_besides_their_slot(tiny: Callable[..., Path]) -> None:
+    folder = tiny("olmoe", dtype=torch.bfloat16)
+    sizes = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        drawn = draw(folder, dtype)
+        sizes[dtype] = drawn.experts.conversion_bytes
+        assert sizes[dtype] in (0, 2 * drawn.experts.nbytes(0, 0))
+        drawn.checkpoint.close()
+    assert sizes[torch.bfloat16] == 0 < sizes[torch.float32]

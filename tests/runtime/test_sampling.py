@@ -92,6 +92,7 @@ def test_the_penalty_holds_for_prompt_and_answer_and_greedily() -> None:
     assert sampler([1], LOGITS).token == 3
     assert sampler([1, 3], LOGITS).token == 1  # both divided by three: 1 leads again, 4 has 0.5
     assert sampler([1, 3], LOGITS + 0.5).token == 4
+    assert Sampler(Sampling(repetition_penalty=2.0))([1], LOGITS).token == 3
 
 
 def test_logprobs_are_the_models_own() -> None:
