@@ -115,9 +115,7 @@ def restore_plain(short: Tensor, nbytes: int, slot: Tensor) -> None:
 def can_shorten(experts: Extents, checkpoint: Checkpoint) -> bool:
     """Whether all slots hold bf16, and the start of some tensors can be shortened here."""
     samples = _samples(experts, checkpoint)
-    return bool(samples) and all(
-        shorten(sample, len(sample), torch.empty(short_bytes(len(sample)), dtype=torch.uint8)) for sample in samples
-    )
+    return bool(samples) and all(_is_short(sample) for sample in samples)
 
 
 def compact_bytes(experts: Extents, checkpoint: Checkpoint, nbytes: int) -> int | None:
@@ -137,7 +135,11 @@ def compact_bytes(experts: Extents, checkpoint: Checkpoint, nbytes: int) -> int 
     least = math.ceil(max(shares) * MARGIN * nbytes) if all(shares) else nbytes
     if least < short_bytes(nbytes):
         return least
-    return short_bytes(nbytes) if can_shorten(experts, checkpoint) else None
+    return short_bytes(nbytes) if all(_is_short(sample) for sample in samples) else None
+
+
+def _is_short(sample: Tensor) -> bool:
+    return shorten(sample, len(sample), torch.empty(short_bytes(len(sample)), dtype=torch.uint8))
 
 
 def _samples(experts: Extents, checkpoint: Checkpoint) -> list[Tensor]:

@@ -1,6 +1,6 @@
 /* One row of bf16 numbers times a matrix, bit-equal to what another library gives: by adding in its order.
 
-   The matrix lies as it is, or in 12 bits a number (shorten.c) among others: then a group of its rows at a time is
+   The matrix lies as it is, or in fewer bits a number (shorten.c) among others: then a group of its rows at a time is
    restored into memory that stays in the processor's cache. Threads take groups of rows, so their number changes no
    bit. Which order is right is found by trying (runtime/product.py). */
 

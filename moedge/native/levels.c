@@ -67,7 +67,7 @@ static table find_table(const uint16_t *x, int64_t count) {
     return t;
 }
 
-/* Ranks of exponents by their place in the window, as a byte each; `none` for what has no rank. */
+/* Ranks of exponents by their place in the window, as a byte each; RANKS for what has none. `zero`: of zero. */
 static __m128i ranks_of(const table *t, uint8_t *zero) {
     uint8_t ranks[WINDOW];
     memset(ranks, RANKS, sizeof ranks);

@@ -136,7 +136,7 @@ typedef struct {
 } moedge_rounding;
 
 /* One row of bf16 numbers, x [columns], times a matrix [rows, columns] of bf16 -> out [rows]; columns a multiple of 32.
-   The matrix is at `matrix`, or begins at number `first` of the `count` that lie at `shortened` in 12 bits each. */
+   The matrix is at `matrix`, or begins at number `first` of the `count` that lie at `shortened` in fewer bits each. */
 typedef struct {
     const uint16_t *matrix;
     const uint8_t *shortened; /* or NULL */

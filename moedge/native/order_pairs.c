@@ -40,10 +40,6 @@ static inline void transpose(__m512i *r) {
     }
 }
 
-static inline __m512 add_pair(__m512 sum, const uint16_t *x, __m512i w) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(*(const int32_t *)(const void *)x), (__m512bh)w);
-}
-
 /* Add the products of WIDTH numbers of the 16 rows that begin `at` numbers behind w. */
 static inline __m512 add_tile(__m512 sum, const uint16_t *w, const int64_t *at, const uint16_t *x,
                               const uint16_t *ahead) {

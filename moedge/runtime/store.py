@@ -294,11 +294,12 @@ class _Event:
     def _start_reads(self, leave: int = 0) -> None:
         """As many as there are free slots, but for `leave`."""
         free = self._slots.read.free
-        while self._waiting and (len(free) > leave or self._store._keeper.wait_for_one()):
-            if len(free) <= leave:
-                continue
-            expert, slot = self._waiting.popleft(), free.pop()
-            self._reading[self._store._pool.submit(self._store._load, self._layer, expert, slot)] = (expert, slot)
+        while self._waiting:
+            if len(free) > leave:
+                expert, slot = self._waiting.popleft(), free.pop()
+                self._reading[self._store._pool.submit(self._store._load, self._layer, expert, slot)] = (expert, slot)
+            elif not self._store._keeper.wait_for_one():
+                return
 
     def hits(self) -> Iterator[list[tuple[int, Parameters]]]:
         """The experts that were in memory."""
